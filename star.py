@@ -1,0 +1,536 @@
+"""STAR, the learned optimizer that is stabilized through ample regularization.
+
+Harrison, Metz & Sohl-Dickstein 2022, "A closer look at learned optimization", section 5.
+One small network (2 hidden layers of 4) sees 39 features of every single parameter and
+answers three numbers: a direction d, its log magnitude m_b and the log magnitude m_g of a
+nominal, hand-designed step g. With v the root of the running mean square of the gradient:
+
+    f_b = beta3 * d / v * exp(beta4 * m_b)     blackbox term, equation 22
+    f_g = beta1 * exp(beta2 * m_g) * g         nominal term, equation 21
+    phi' = phi - (f_b + f_g)                   equation 2
+
+    theta = learned_optimizer().init_theta(jax.random.key(0))
+    optimizer = star(theta)          # an optax.GradientTransformationExtraArgs
+
+The file stands alone: copy it. It needs jax and numpy; `star` alone needs optax too.
+Letters in shape comments: P shape of one parameter tensor, M = 3 timescales, F = 39
+features (28 of the tensor, then 11 of time), H = 4 hidden units.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import rsqrt
+
+Theta = dict[str, jax.Array]
+
+# Rows of w0, in the order of the features. `row`, `col` are adafactor's running means of
+# the squared gradient over all but one axis; a vector has only one, which enters as both.
+GRAD, PARAM, MOMENTUM, RMS = 0, 1, slice(2, 5), 5
+MOMENTUM_OVER_RMS, INVERSE_RMS, FACTORED_GRAD = slice(6, 9), 9, slice(10, 13)
+ROW, COL, INVERSE_ROW, INVERSE_COL = (slice(i, i + 3) for i in (13, 16, 19, 22))
+FACTORED_MOMENTUM, TIME = slice(25, 28), slice(28, 39)
+TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)  # steps
+
+
+class Constants(NamedTuple):
+    """Everything about the optimizer that is chosen by hand; the paper's values.
+
+    beta3 = 1e-3 is what the paper's appendix B.2 says, and an untrained network then
+    diverges on its own task: 1/v is near 1/|gradient|, hundreds to a thousand. See
+    `PRESETS["star_small_beta3"]`. beta2 = beta4 = 1e-3 make the magnitude heads nearly
+    inert at first: m_g has to reach -693 to halve the nominal step.
+    """
+
+    beta1: Any = 1e-3  # scale of the nominal step
+    beta2: Any = 1e-3  # scale of m_g inside its exponential
+    beta3: Any = 1e-3  # scale of the blackbox step
+    beta4: Any = 1e-3  # scale of m_b inside its exponential
+    nominal: str = "adam_aggmo"  # a name in NOMINAL; "none" drops the third head too
+    preconditioner: str = "rms"  # "rms": v of equation 22; "none": v = 1
+    momentum_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
+    rms_decay: float = 0.999
+    adafactor_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
+    rms_eps: float = 1e-6  # v = sqrt(rms + rms_eps)
+    normalizer_eps: float = 1e-5  # feature / sqrt(mean square over the tensor + this)
+    statistic_eps: float = 1e-8  # inside 1/sqrt of the row and column features
+    factor_floor: float = 1e-9  # of the row mean, and inside the adafactor 1/sqrt
+    vector_eps: float = 1e-6  # inside 1/sqrt for the momentum of rank 0 and 1
+    square_floor: float = 1e-30  # added to every square
+
+
+class State(NamedTuple):
+    """What STAR remembers between updates; every tree is shaped like the parameters.
+
+    All are running means from zero without bias correction, stable by design (section
+    5.1, "stable hidden states"), float32 whatever the dtype of the parameters.
+    """
+
+    count: jax.Array  # () int32, updates done so far
+    momentum: tuple[Any, ...]  # M trees of (*P): means of the gradient
+    rms: Any  # tree of (*P): mean of the squared gradient
+    row: Any  # tree of (M, *P less its largest axis); rank 0 and 1: (M, *P)
+    col: Any  # tree of (M, *P less its second largest axis); rank 0 and 1: (M, 1) unused
+
+
+class LearnedOptimizer(NamedTuple):
+    """Three pure functions; theta, the meta-parameters, is an ordinary argument."""
+
+    init_theta: Callable  # key -> theta
+    init: Callable  # params -> state
+    update: Callable  # (theta, grads, state, params) -> (updates, state); updates add
+
+
+class Decays(NamedTuple):
+    momentum: jax.Array  # (M,)
+    rms: jax.Array  # ()
+    adafactor: jax.Array  # (M,)
+
+
+class Statistics(NamedTuple):
+    """The running means of one tensor (see State)."""
+
+    momentum: tuple[jax.Array, ...]
+    rms: jax.Array
+    row: jax.Array
+    col: jax.Array
+
+
+class Adafactor(NamedTuple):
+    """What adafactor's statistics of one tensor contribute to the first layer."""
+
+    grad_factor: list  # M arrays, broadcastable to (*P): features grad * factor
+    momentum_factor: list  # likewise: features momentum[k] * factor[k]
+    grad_mean_square: jax.Array  # (M,) mean squares of those features over the tensor
+    momentum_mean_square: jax.Array  # (M,)
+    hidden: jax.Array  # broadcastable to (H, *P): the row and column features' share
+
+
+# g(z) of equation 21, from (grad, momentum, 1/v). The paper's text names "a combined
+# AggMo and Adam" without a formula; adam_aggmo is what the authors' code computes.
+NOMINAL: dict[str, Callable] = {
+    "sgd": lambda g, m, inverse_v: g,
+    "sgdm": lambda g, m, inverse_v: m[0],
+    "aggmo": lambda g, m, inverse_v: sum(m) / len(m),
+    "adam": lambda g, m, inverse_v: m[0] * inverse_v,
+    "adam_aggmo": lambda g, m, inverse_v: sum(m) / len(m) * inverse_v,
+}
+
+
+def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  # noqa: B008
+    """STAR (202 meta-parameters), or one of its ablations, by its constants.
+
+    theta is a dict: w0 (39, 4) b0 (4,) w1 (4, 4) b1 (4,) w2 (4, 3) b2 (3,) and three
+    offsets momentum_decays (3,) rms_decays (1,) adafactor_decays (3,) that start at 0;
+    heads in the order direction, magnitude, nominal magnitude (without a nominal term:
+    two heads, 197 meta-parameters, small_fc_lopt's count). Section 5.2 counts 197 + 5 + 1
+    "for beta1"; beta1 is a constant, so we count 202.
+
+    Raises ValueError for an unknown nominal term or preconditioner, and when theta does
+    not fit; TypeError for parameters that are not real floating point.
+    """
+    c = constants
+    if c.nominal not in (*NOMINAL, "none"):
+        raise ValueError(f"nominal {c.nominal!r} is none of {(*NOMINAL, 'none')}")
+    if c.preconditioner not in ("rms", "none"):
+        raise ValueError(f"preconditioner {c.preconditioner!r} is neither rms nor none")
+    if (len(c.momentum_decays), len(c.adafactor_decays)) != (3, 3):
+        raise ValueError("the 39 features need three momentum and adafactor decays")
+
+    def init_theta(key):
+        return _init_theta(key, heads=2 if c.nominal == "none" else 3)
+
+    def update(theta, grads, state, params):
+        check_theta(theta, c)
+        decays = effective_decays(theta, c)
+        time_hidden = theta["b0"] + time_features(state.count) @ theta["w0"][TIME]  # (H,)
+        leaves, treedef = jax.tree.flatten(grads)
+
+        def per_tensor(tree):
+            return treedef.flatten_up_to(tree)
+
+        statistics = zip(
+            zip(*map(per_tensor, state.momentum), strict=True),
+            *map(per_tensor, (state.rms, state.row, state.col)),
+            strict=True,
+        )
+        updates, new = [], []
+        for g, p, s in zip(leaves, per_tensor(params), statistics, strict=True):
+            step, s = update_tensor(
+                theta, c, time_hidden, decays, (g, p), Statistics(*s)
+            )
+            updates.append(step)
+            new.append(s)
+        unflatten = treedef.unflatten
+        state = State(
+            count=state.count + 1,
+            momentum=tuple(
+                unflatten([s.momentum[k] for s in new]) for k in range(len(state.momentum))
+            ),
+            rms=unflatten([s.rms for s in new]),
+            row=unflatten([s.row for s in new]),
+            col=unflatten([s.col for s in new]),
+        )
+        return unflatten(updates), state
+
+    return LearnedOptimizer(init_theta, init, update)
+
+
+def init(params) -> State:
+    """All running means at zero, for any tree of real floating-point arrays."""
+
+    def zeros(shape_of):
+        return jax.tree.map(lambda p: jnp.zeros(shape_of(_real(p)), jnp.float32), params)
+
+    return State(
+        count=jnp.zeros((), jnp.int32),
+        momentum=tuple(zeros(jnp.shape) for _ in range(3)),
+        rms=zeros(jnp.shape),
+        row=zeros(lambda p: (3, *_without(p.shape, 0))),
+        col=zeros(lambda p: (3, *_without(p.shape, 1)) if p.ndim > 1 else (3, 1)),
+    )
+
+
+def update_tensor(theta, c, time_hidden, decays, grad_and_param, statistics):
+    """The update of one tensor: (update (*P) in the parameter's dtype, Statistics)."""
+    g, p = (x.astype(jnp.float32) for x in grad_and_param)
+    s = accumulate(g, decays, statistics, c)
+    inverse_v = rsqrt(s.rms + c.rms_eps)  # (*P)
+    hidden = first_layer(theta["w0"], time_hidden, g, p, s, inverse_v, c)
+    direction, magnitude, *nominal_magnitude = head_layers(theta, hidden)  # each (*P)
+    blackbox = c.beta3 * direction * jnp.exp(c.beta4 * magnitude)  # equations 20, 22
+    step = blackbox * inverse_v if c.preconditioner == "rms" else blackbox
+    if c.nominal != "none":  # equation 21
+        g_nominal = NOMINAL[c.nominal](g, s.momentum, inverse_v)
+        step += c.beta1 * jnp.exp(c.beta2 * nominal_magnitude[0]) * g_nominal
+    return (-step).astype(grad_and_param[1].dtype), s
+
+
+def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
+    """mean <- decay * mean + (1 - decay) * new for all running means of one tensor."""
+
+    def ema(decay, mean, new):
+        return decay * mean + (1 - decay) * new
+
+    g2 = _square(g, c)
+    over_largest, over_second = g2, jnp.zeros(1)
+    if g.ndim > 1:
+        second, largest = factored_axes(g.shape)
+        over_largest, over_second = jnp.mean(g2, largest), jnp.mean(g2, second)
+    adafactor = decays.adafactor.reshape(-1, *(1,) * over_largest.ndim)  # (M, 1, ...)
+    adafactor_col = decays.adafactor.reshape(-1, *(1,) * over_second.ndim)
+    return Statistics(
+        momentum=tuple(ema(d, m, g) for d, m in zip(decays.momentum, s.momentum, strict=True)),
+        rms=ema(decays.rms, s.rms, g2),
+        row=ema(adafactor, s.row, over_largest[None]),
+        col=ema(adafactor_col, s.col, over_second[None]),
+    )
+
+
+def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -> list:
+    """W0' features + b0 before its ReLU: H arrays, broadcastable to (*P).
+
+    Every feature x of the tensor enters as x / sqrt(mean square of x + eps). Folded form:
+    the normalizer scales the feature's row of w0, features with a common factor are summed
+    before it is applied, row and column features stay small, and no (*P, F) array is ever
+    built. `test_star.py` holds the plain form, per element, and shows that both agree.
+    """
+
+    def scale(mean_squares, rows):  # rows of w0 divided by their features' normalizers
+        return rsqrt(c.normalizer_eps + jnp.atleast_1d(mean_squares))[:, None] * w0[rows]
+
+    m = s.momentum
+    m2 = [_square(x, c) for x in m]
+    inverse_v2 = 1 / (s.rms + c.rms_eps)
+    adafactor = (factored if g.ndim > 1 else unfactored)(w0, g, m2, s, c)
+    mean = jnp.mean
+    w_g = scale(mean(_square(g, c)), slice(GRAD, GRAD + 1))[0]  # (H,)
+    w_p = scale(_mean_product(p, p), slice(PARAM, PARAM + 1))[0]
+    w_rms = scale(_mean_product(s.rms, s.rms), slice(RMS, RMS + 1))[0]
+    w_inverse = scale(mean(inverse_v2), slice(INVERSE_RMS, INVERSE_RMS + 1))[0]
+    w_m = scale(jnp.stack([mean(x) for x in m2]), MOMENTUM)  # (M, H)
+    w_m_over_rms = scale(
+        jnp.stack([_mean_product(x, inverse_v2) for x in m2]), MOMENTUM_OVER_RMS
+    )
+    w_g_factored = scale(adafactor.grad_mean_square, FACTORED_GRAD)
+    w_m_factored = scale(adafactor.momentum_mean_square, FACTORED_MOMENTUM)
+
+    hidden = []
+    for j in range(w0.shape[1]):
+        h = time_hidden[j] + adafactor.hidden[j]
+        h += w_p[j] * p + w_rms[j] * s.rms + w_inverse[j] * inverse_v
+        h += g * (w_g[j] + _dot(w_g_factored[:, j], adafactor.grad_factor))
+        for k, m_k in enumerate(m):
+            h += m_k * (
+                w_m[k, j]
+                + w_m_over_rms[k, j] * inverse_v
+                + w_m_factored[k, j] * adafactor.momentum_factor[k]
+            )
+        hidden.append(h)
+    return hidden
+
+
+def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
+    """Adafactor features for rank 2 and more (Shazeer & Stern 2018, algorithm 4).
+
+    The estimate of 1/v factors into one number per row and one per column, over the two
+    largest axes: x * row_factor * col_factor. Its mean square needs no such array either:
+    sum_rc x2[r,c] row_factor[r]^2 col_factor[c]^2 is a chain of small matrix products.
+    """
+    second, largest = factored_axes(g.shape)
+    axis_in_row = second - (largest < second)  # where `second` is once `largest` is gone
+    row_mean = jnp.mean(s.row, axis_in_row + 1, keepdims=True) + c.factor_floor
+    row_factor = _floored_rsqrt(s.row / row_mean, c)  # (M, *P less largest)
+    col_factor = _floored_rsqrt(s.col, c)  # (M, *P less second)
+
+    axes = "abcdefghijkl"[: g.ndim]
+    row_axes, col_axes = axes.replace(axes[largest], ""), axes.replace(axes[second], "")
+
+    def factored_mean_square(subscripts, x2, *factors):
+        squares = [f * f for f in factors]
+        return jnp.einsum(subscripts, x2, *squares, precision="highest") / g.size
+
+    each = f"{axes},{row_axes},{col_axes}->"
+    row_hidden = _statistic_features(s.row, w0[ROW], w0[INVERSE_ROW], c)
+    col_hidden = _statistic_features(s.col, w0[COL], w0[INVERSE_COL], c)
+    row_factor_full = jnp.expand_dims(row_factor, largest + 1)
+    col_factor_full = jnp.expand_dims(col_factor, second + 1)
+    factors = [r * q for r, q in zip(row_factor_full, col_factor_full, strict=True)]
+    return Adafactor(
+        grad_factor=factors,
+        momentum_factor=factors,
+        grad_mean_square=factored_mean_square(
+            f"{axes},z{row_axes},z{col_axes}->z", _square(g, c), row_factor, col_factor
+        ),
+        momentum_mean_square=jnp.stack(
+            [
+                factored_mean_square(each, x2, r, q)
+                for x2, r, q in zip(m2, row_factor, col_factor, strict=True)
+            ]
+        ),
+        hidden=jnp.expand_dims(row_hidden, largest + 1)
+        + jnp.expand_dims(col_hidden, second + 1),
+    )
+
+
+def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
+    """The same features for rank 0 and 1, from the unfactored mean square in `s.row`."""
+    tensor = tuple(range(1, g.ndim + 1))
+    grad_factor = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
+    momentum_factor = rsqrt(s.row + c.vector_eps)
+    as_row = _statistic_features(s.row, w0[ROW], w0[INVERSE_ROW], c)
+    as_col = _statistic_features(s.row, w0[COL], w0[INVERSE_COL], c)
+    return Adafactor(
+        grad_factor=list(grad_factor),
+        momentum_factor=list(momentum_factor),
+        grad_mean_square=jnp.mean((g[None] * grad_factor) ** 2, tensor),
+        momentum_mean_square=jnp.mean(jnp.stack(m2) * momentum_factor**2, tensor),
+        hidden=as_row + as_col,
+    )
+
+
+def head_layers(theta: Theta, hidden: list) -> list:
+    """Second layer and heads, unit by unit: each of the outputs has shape (*P).
+
+    Written as sums, not matrix products: XLA fuses it with the first layer into one pass.
+    """
+    hidden = [jax.nn.relu(h) for h in hidden]
+    w1, b1, w2, b2 = (theta[name] for name in ("w1", "b1", "w2", "b2"))
+    second = [jax.nn.relu(_dot(w1[:, j], hidden) + b1[j]) for j in range(len(b1))]
+    return [_dot(w2[:, j], second) + b2[j] for j in range(len(b2))]
+
+
+def time_features(count) -> jax.Array:
+    """tanh(t / tau - 1) for 11 timescales tau, t = updates done before this one: (11,)."""
+    t = jnp.asarray(count).astype(jnp.float32)
+    return jnp.tanh(t / np.asarray(TIMESCALES, np.float32) - 1)
+
+
+def effective_decays(theta: Theta, c: Constants) -> Decays:
+    """1 - exp(10 * (log(1 - d) / 10 + offset)): an offset of 0 gives the constant d.
+
+    As in the authors' code, the second-moment decays are clipped to [0, 1]; those of the
+    momentum are not, so a large offset can make it unstable: weight decay keeps it small.
+    """
+
+    def shift(decays, offsets):
+        log_rate = np.log1p(-np.asarray(decays, np.float32)) / 10
+        return 1 - jnp.exp(10 * (log_rate + offsets))
+
+    return Decays(
+        momentum=shift(c.momentum_decays, theta["momentum_decays"]),
+        rms=jnp.clip(shift([c.rms_decay], theta["rms_decays"]), 0, 1)[0],
+        adafactor=jnp.clip(shift(c.adafactor_decays, theta["adafactor_decays"]), 0, 1),
+    )
+
+
+def factored_axes(shape) -> tuple[int, int]:
+    """(second largest, largest) axis; among equal sizes the later one counts as larger."""
+    *_, second, largest = np.argsort(shape, kind="stable")
+    return int(second), int(largest)
+
+
+def theta_shapes(c: Constants) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array in theta."""
+    theta = jax.eval_shape(learned_optimizer(c).init_theta, jax.random.key(0))
+    return {name: x.shape for name, x in theta.items()}
+
+
+def check_theta(theta: Theta, c: Constants) -> None:
+    """ValueError, in one line, unless theta has the names and shapes that c asks for."""
+    heads = 2 if c.nominal == "none" else 3
+    expected = _shapes(heads)
+    if not isinstance(theta, dict) or set(theta) != set(expected):
+        found = sorted(theta) if isinstance(theta, dict) else type(theta).__name__
+        raise ValueError(f"theta should hold {sorted(expected)}, not {found}")
+    for name, shape in expected.items():
+        if jnp.shape(theta[name]) != shape:
+            raise ValueError(
+                f"theta[{name!r}] has shape {jnp.shape(theta[name])}, not {shape}"
+            )
+
+
+# The variants of section 5.3 and appendix C.2, and the one that a CPU can train.
+# Blackbox has no v and no nominal term (small_fc_lopt); No Nom. keeps the division by v.
+CONSTANTS: dict[str, Constants] = {
+    "star": Constants(),
+    "star_small_beta3": Constants(beta3=1e-6),
+    "blackbox": Constants(nominal="none", preconditioner="none"),
+    "hyperparam": Constants(beta3=0.0),
+    "no_preconditioner": Constants(preconditioner="none"),
+    "no_nominal": Constants(nominal="none"),
+}
+PRESETS = {name: learned_optimizer(c) for name, c in CONSTANTS.items()}
+
+
+def star(
+    theta: Theta,
+    constants: Constants = Constants(),  # noqa: B008
+    beta1=None,
+    beta2=None,
+    beta3=None,
+    beta4=None,
+):
+    """A trained STAR as an `optax.GradientTransformationExtraArgs`.
+
+    theta: as from `load_theta` or `init_theta`. constants: those theta was trained with.
+    beta1 .. beta4: replace those of `constants`; numbers or traced scalars, so that
+    `optax.inject_hyperparams(star)(theta, constants, beta1=schedule)` works.
+    `update(grads, state, params)` needs the parameters (ValueError without): they are a
+    feature. Extra keyword arguments are ignored.
+    """
+    import optax
+
+    betas = dict(beta1=beta1, beta2=beta2, beta3=beta3, beta4=beta4)
+    given = {name: beta for name, beta in betas.items() if beta is not None}
+    constants = constants._replace(**given)
+    check_theta(theta, constants)
+    optimizer = learned_optimizer(constants)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("STAR's update needs params: the parameter is a feature")
+        return optimizer.update(theta, updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def save_theta(file, theta: Theta, card: dict, **more: np.ndarray) -> None:
+    """Write theta and its card (a JSON-able dict) to one `.npz` of a few KB.
+
+    file: a path or an open binary file. more: arrays that `load_theta` passes over; their
+    names hold a "/".
+    """
+    arrays = {name: np.asarray(x) for name, x in theta.items()}
+    np.savez(file, card=np.array(json.dumps(card)), **arrays, **more)
+
+
+def load_theta(path) -> tuple[Theta, Constants]:
+    """(theta, constants) from a file by `save_theta`; never unpickles.
+
+    The constants are those in the card's "constants", the paper's where it names none.
+    OSError when the file cannot be read; ValueError, in one line, when it is no theta.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if "/" not in name}
+        card = json.loads(str(arrays.pop("card", "{}")))
+        constants = Constants(**_tuples(card.get("constants", {})))
+        theta = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
+        check_theta(theta, constants)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} holds no theta of STAR: {_one_line(error)}") from error
+    if not all(np.isfinite(x).all() for x in theta.values()):
+        raise ValueError(f"{path} holds a theta that is not finite")
+    return theta, constants
+
+
+def _tuples(d: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _shapes(heads: int) -> dict[str, tuple[int, ...]]:
+    network = dict(w0=(39, 4), b0=(4,), w1=(4, 4), b1=(4,), w2=(4, heads), b2=(heads,))
+    return network | dict(momentum_decays=(3,), rms_decays=(1,), adafactor_decays=(3,))
+
+
+def _init_theta(key, heads: int) -> Theta:
+    """Weights truncated normal with scale 1/sqrt(fan in), everything else zero."""
+    theta = {name: jnp.zeros(shape) for name, shape in _shapes(heads).items()}
+    for name, k in zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True):
+        shape = theta[name].shape
+        theta[name] = jax.random.truncated_normal(k, -2, 2, shape) / math.sqrt(shape[0])
+    return theta
+
+
+def _statistic_features(x, w_value, w_inverse, c: Constants):
+    """Share of the features x and 1/sqrt(x + eps), x (M, *S), in the first layer: (H, *S)."""
+    flat = x.reshape(len(x), -1)
+    flat = jnp.concatenate([flat, rsqrt(flat + c.statistic_eps)])  # (2 M, S)
+    scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
+    w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
+    return jnp.einsum("fh,fs->hs", w, flat, precision="highest").reshape(-1, *x.shape[1:])
+
+
+def _square(x, c: Constants):
+    # The floor is the authors', on the squared gradient. We square everything this way:
+    # two operations make a fused, vectorized loop on a CPU where one makes a slow one.
+    return x * x + c.square_floor
+
+
+def _mean_product(x, y):
+    return jnp.vdot(x, y, precision="highest") / x.size
+
+
+def _floored_rsqrt(x, c: Constants):
+    return rsqrt(jnp.maximum(x, c.factor_floor))
+
+
+def _dot(weights, arrays):
+    return sum(w * x for w, x in zip(weights, arrays, strict=True))
+
+
+def _without(shape, which: int) -> tuple[int, ...]:
+    """shape less its largest (which = 0) or second largest (1) axis, when factored."""
+    if len(shape) < 2:
+        return tuple(shape)
+    axis = factored_axes(shape)[::-1][which]
+    return tuple(n for i, n in enumerate(shape) if i != axis)
+
+
+def _real(p):
+    if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+        raise TypeError(f"STAR updates real floating-point arrays, not {jnp.result_type(p)}")
+    return p

@@ -1,0 +1,193 @@
+"""The inner problems: what a learned optimizer trains, each as a few pure functions.
+
+The image tasks follow section 5.3 and appendix B.2 of the STAR paper and the conventions
+of the task suite it uses: pixels / 255, truncated-normal fan-in weights (not rescaled for
+the truncation), zero biases, mean cross-entropy, the first 80 % of the training set for
+the inner training. Batches are drawn with replacement, by the key alone.
+
+    spec = TASKS["fmnist"]
+    data, about = spec.load("auto", None)   # arrays on the device, and what they are
+    task = spec.build(data)                 # inside or outside of jit; data may be traced
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data as datasets
+
+
+class Task(NamedTuple):
+    init: Callable  # key -> params
+    batch: Callable  # (key, split) -> batch; split: "train" | "valid" | "test"
+    loss: Callable  # (params, key, batch) -> () in nats; key for dropout, unused by most
+    evaluate: Callable  # params -> dict of scalars, over the whole test split
+    loss_limit: float  # the meta-loss clips each step's loss here; nan counts as this
+
+
+class TaskSpec(NamedTuple):
+    load: Callable  # (source, data_dir) -> (data, about): pytree of arrays, dict for cards
+    build: Callable  # data -> Task
+    batch_size: int
+
+
+class Split(NamedTuple):
+    images: jax.Array  # (n, height, width, channels) uint8, on the device
+    labels: jax.Array  # (n,) uint8
+
+
+BATCH_SIZE = 128
+CLASSES = 10
+QUADRATIC_H = np.array([[1.11, 0.596], [0.596, 0.486]], np.float32)  # equation A.30
+
+
+def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Split]:
+    """80 % train, 10 % valid, 10 % outer valid (left out) of the training set, and test.
+
+    The order is a fixed permutation, so that splits agree between runs and machines.
+    """
+    order = np.random.RandomState(0).permutation(len(images.train_labels))
+    tenth = len(order) // 10
+    parts = {"train": order[: 8 * tenth], "valid": order[8 * tenth : 9 * tenth]}
+
+    def put(x, y):
+        return Split(jnp.asarray(transform(x)), jnp.asarray(y))
+
+    splits = {
+        name: put(images.train_images[index], images.train_labels[index])
+        for name, index in parts.items()
+    }
+    return splits | {"test": put(images.test_images, images.test_labels)}
+
+
+def pool_to_8x8(images: np.ndarray) -> np.ndarray:
+    """(n, 28, 28, 1) uint8 -> (n, 8, 8, 1) uint8: a margin of 2, then means of 4 x 4."""
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    blocks = padded.reshape(len(images), 8, 4, 8, 4, 1)
+    return np.round(blocks.mean((2, 4))).astype(np.uint8)
+
+
+def sample(key, split: Split, size: int):
+    """`size` examples, with replacement: images (B, h, w, c) float32 in [0, 1], labels.
+
+    One draw of 32 bits modulo n: off uniform by at most n / 2^32, and half of the random
+    bits that `jax.random.randint` takes.
+    """
+    bits = jax.random.bits(key, (size,), jnp.uint32)
+    index = bits % jnp.uint32(len(split.labels))
+    return split.images[index].astype(jnp.float32) / 255, split.labels[index]
+
+
+def truncated_normal(key, shape, scale):
+    return scale * jax.random.truncated_normal(key, -2, 2, shape)
+
+
+def cross_entropy(logits, labels):
+    """Mean over the batch of -log softmax(logits)[label], in nats."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_p, labels[:, None].astype(jnp.int32), 1).mean()
+
+
+def mlp_init(key, sizes) -> list[dict]:
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {"w": truncated_normal(k, (n, m), 1 / math.sqrt(n)), "b": jnp.zeros(m)}
+        for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+def mlp_apply(params, images):
+    """Images (B, h, w, c) -> logits (B, classes); ReLU between the layers."""
+    x = images.reshape(len(images), -1)
+    for i, layer in enumerate(params):
+        x = x @ layer["w"] + layer["b"]
+        x = jax.nn.relu(x) if i < len(params) - 1 else x
+    return x
+
+
+def classifier(splits: dict[str, Split], init, apply, batch_size=BATCH_SIZE) -> Task:
+    """Image classification with the network (init: key -> params, apply -> logits)."""
+
+    def loss(params, key, batch):
+        images, labels = batch
+        return cross_entropy(apply(params, images), labels)
+
+    def evaluate(params):
+        def chunk(split):
+            logits = apply(params, split.images.astype(jnp.float32) / 255)
+            return cross_entropy(logits, split.labels), (logits.argmax(1) == split.labels).mean()
+
+        chunks = math.gcd(len(splits["test"].labels), 10)
+        test = jax.tree.map(
+            lambda x: x.reshape(chunks, -1, *x.shape[1:]), splits["test"]
+        )
+        losses, right = jax.lax.map(chunk, test)
+        return {"test_loss": losses.mean(), "test_accuracy": right.mean()}
+
+    return Task(
+        init=init,
+        batch=lambda key, split: sample(key, splits[split], batch_size),
+        loss=loss,
+        evaluate=evaluate,
+        loss_limit=1.5 * math.log(CLASSES),
+    )
+
+
+def mlp_classifier(splits, hidden) -> Task:
+    sizes = (math.prod(splits["train"].images.shape[1:]), *hidden, CLASSES)
+    return classifier(splits, lambda key: mlp_init(key, sizes), mlp_apply)
+
+
+def quadratic(_) -> Task:
+    """The paper's noisy quadratic model (equation 4) as a task: two parameters.
+
+    loss = (phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I), phi_0 ~ N(0, 10 I) (B.1).
+    """
+    h = jnp.asarray(QUADRATIC_H)
+
+    def loss(phi, key, xi):
+        return 0.5 * (phi - xi) @ h @ (phi - xi)
+
+    return Task(
+        init=lambda key: math.sqrt(10) * jax.random.normal(key, (2,)),
+        batch=lambda key, split: jax.random.normal(key, (2,)),
+        loss=loss,
+        evaluate=lambda phi: {"test_loss": 0.5 * (phi @ h @ phi + jnp.trace(h))},
+        loss_limit=1000.0,
+    )
+
+
+def _load_fashion_mnist(transform=lambda x: x):
+    def load(source="auto", data_dir=None) -> tuple[Any, dict]:
+        images = datasets.fashion_mnist(source, data_dir)
+        about = {
+            "data": images.name,
+            "data_checksum": images.checksum,
+            "stand_in": images.stand_in,
+        }
+        return split_images(images, transform), about
+
+    return load
+
+
+def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
+    return {}, {"data": "drawn from its formula", "data_checksum": "", "stand_in": False}
+
+
+TASKS: dict[str, TaskSpec] = {
+    "fmnist": TaskSpec(
+        load=_load_fashion_mnist(),
+        build=lambda data: mlp_classifier(data, (128, 128)),
+        batch_size=BATCH_SIZE,
+    ),
+    "fmnist_small": TaskSpec(
+        load=_load_fashion_mnist(pool_to_8x8),
+        build=lambda data: mlp_classifier(data, (32,)),
+        batch_size=BATCH_SIZE,
+    ),
+    "quadratic": TaskSpec(load=_load_nothing, build=quadratic, batch_size=1),
+}
