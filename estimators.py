@@ -83,7 +83,9 @@ def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator
     Unbiased like PES; its variance does not grow with the windows where the windows'
     gradients agree, and is larger than that of PES where they do not.
     """
-    return _antithetic(problem, windows, sigma, batch, fresh_xi=False, carry_credit=False)
+    return _antithetic(
+        problem, windows, sigma, batch, fresh_xi=False, carry_credit=False
+    )
 
 
 def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:

@@ -19,7 +19,9 @@ class Carry(NamedTuple):
 
 
 class Curves(NamedTuple):
-    losses: np.ndarray  # (..., steps) training loss of each batch before its update, nats
+    losses: (
+        np.ndarray
+    )  # (..., steps) training loss of each batch before its update, nats
     test: dict[str, np.ndarray]  # name -> (...,), after the last step
     seconds: float  # wall time of all runs together, without compilation
 

@@ -75,7 +75,9 @@ class State(NamedTuple):
     momentum: tuple[Any, ...]  # M trees of (*P): means of the gradient
     rms: Any  # tree of (*P): mean of the squared gradient
     row: Any  # tree of (M, *P less its largest axis); rank 0 and 1: (M, *P)
-    col: Any  # tree of (M, *P less its second largest axis); rank 0 and 1: (M, 1) unused
+    col: (
+        Any  # tree of (M, *P less its second largest axis); rank 0 and 1: (M, 1) unused
+    )
 
 
 class LearnedOptimizer(NamedTuple):
@@ -148,7 +150,9 @@ def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  
     def update(theta, grads, state, params):
         check_theta(theta, c)
         decays = effective_decays(theta, c)
-        time_hidden = theta["b0"] + time_features(state.count) @ theta["w0"][TIME]  # (H,)
+        time_hidden = (
+            theta["b0"] + time_features(state.count) @ theta["w0"][TIME]
+        )  # (H,)
         leaves, treedef = jax.tree.flatten(grads)
 
         def per_tensor(tree):
@@ -170,7 +174,8 @@ def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  
         state = State(
             count=state.count + 1,
             momentum=tuple(
-                unflatten([s.momentum[k] for s in new]) for k in range(len(state.momentum))
+                unflatten([s.momentum[k] for s in new])
+                for k in range(len(state.momentum))
             ),
             rms=unflatten([s.rms for s in new]),
             row=unflatten([s.row for s in new]),
@@ -185,7 +190,9 @@ def init(params) -> State:
     """All running means at zero, for any tree of real floating-point arrays."""
 
     def zeros(shape_of):
-        return jax.tree.map(lambda p: jnp.zeros(shape_of(_real(p)), jnp.float32), params)
+        return jax.tree.map(
+            lambda p: jnp.zeros(shape_of(_real(p)), jnp.float32), params
+        )
 
     return State(
         count=jnp.zeros((), jnp.int32),
@@ -225,7 +232,9 @@ def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
     adafactor = decays.adafactor.reshape(-1, *(1,) * over_largest.ndim)  # (M, 1, ...)
     adafactor_col = decays.adafactor.reshape(-1, *(1,) * over_second.ndim)
     return Statistics(
-        momentum=tuple(ema(d, m, g) for d, m in zip(decays.momentum, s.momentum, strict=True)),
+        momentum=tuple(
+            ema(d, m, g) for d, m in zip(decays.momentum, s.momentum, strict=True)
+        ),
         rms=ema(decays.rms, s.rms, g2),
         row=ema(adafactor, s.row, over_largest[None]),
         col=ema(adafactor_col, s.col, over_second[None]),
@@ -242,7 +251,9 @@ def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -
     """
 
     def scale(mean_squares, rows):  # rows of w0 divided by their features' normalizers
-        return rsqrt(c.normalizer_eps + jnp.atleast_1d(mean_squares))[:, None] * w0[rows]
+        return (
+            rsqrt(c.normalizer_eps + jnp.atleast_1d(mean_squares))[:, None] * w0[rows]
+        )
 
     m = s.momentum
     m2 = [_square(x, c) for x in m]
@@ -283,7 +294,9 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     sum_rc x2[r,c] row_factor[r]^2 col_factor[c]^2 is a chain of small matrix products.
     """
     second, largest = factored_axes(g.shape)
-    axis_in_row = second - (largest < second)  # where `second` is once `largest` is gone
+    axis_in_row = second - (
+        largest < second
+    )  # where `second` is once `largest` is gone
     row_mean = jnp.mean(s.row, axis_in_row + 1, keepdims=True) + c.factor_floor
     row_factor = _floored_rsqrt(s.row / row_mean, c)  # (M, *P less largest)
     col_factor = _floored_rsqrt(s.col, c)  # (M, *P less second)
@@ -467,7 +480,9 @@ def load_theta(path) -> tuple[Theta, Constants]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} holds no theta of STAR: {_one_line(error)}") from error
+        raise ValueError(
+            f"{path} holds no theta of STAR: {_one_line(error)}"
+        ) from error
     if not all(np.isfinite(x).all() for x in theta.values()):
         raise ValueError(f"{path} holds a theta that is not finite")
     return theta, constants
@@ -501,7 +516,9 @@ def _statistic_features(x, w_value, w_inverse, c: Constants):
     flat = jnp.concatenate([flat, rsqrt(flat + c.statistic_eps)])  # (2 M, S)
     scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
     w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
-    return jnp.einsum("fh,fs->hs", w, flat, precision="highest").reshape(-1, *x.shape[1:])
+    return jnp.einsum("fh,fs->hs", w, flat, precision="highest").reshape(
+        -1, *x.shape[1:]
+    )
 
 
 def _square(x, c: Constants):
@@ -532,5 +549,7 @@ def _without(shape, which: int) -> tuple[int, ...]:
 
 def _real(p):
     if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-        raise TypeError(f"STAR updates real floating-point arrays, not {jnp.result_type(p)}")
+        raise TypeError(
+            f"STAR updates real floating-point arrays, not {jnp.result_type(p)}"
+        )
     return p

@@ -1,5 +1,6 @@
 """Files of a run: trees as `.npz` arrays by path, written whole or not at all."""
 
+import json
 import os
 import pathlib
 
@@ -54,3 +55,22 @@ def write_atomically(path: pathlib.Path, write) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_card(path) -> dict:
+    """The card inside a theta's `.npz`; {} where it has none."""
+    try:
+        card = json.loads(str(read_npz(path).get("card", "{}")))
+    except ValueError:
+        raise UserError(f"{path} has a card that is not JSON") from None
+    return card if isinstance(card, dict) else {}
+
+
+def ema(values, decay: float) -> np.ndarray:
+    """Running mean of a curve along its last axis, bias-corrected, as in the figures."""
+    values = np.asarray(values, np.float64)
+    out, mean = np.empty_like(values), 0.0
+    for t in range(values.shape[-1]):
+        mean = decay * mean + (1 - decay) * values[..., t]
+        out[..., t] = mean / (1 - decay ** (t + 1))
+    return out

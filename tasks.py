@@ -24,7 +24,9 @@ import data as datasets
 class Task(NamedTuple):
     init: Callable  # key -> params
     batch: Callable  # (key, split) -> batch; split: "train" | "valid" | "test"
-    loss: Callable  # (params, key, batch) -> () in nats; key for dropout, unused by most
+    loss: (
+        Callable  # (params, key, batch) -> () in nats; key for dropout, unused by most
+    )
     evaluate: Callable  # params -> dict of scalars, over the whole test split
     loss_limit: float  # the meta-loss clips each step's loss here; nan counts as this
 
@@ -119,7 +121,9 @@ def classifier(splits: dict[str, Split], init, apply, batch_size=BATCH_SIZE) -> 
     def evaluate(params):
         def chunk(split):
             logits = apply(params, split.images.astype(jnp.float32) / 255)
-            return cross_entropy(logits, split.labels), (logits.argmax(1) == split.labels).mean()
+            return cross_entropy(logits, split.labels), (
+                logits.argmax(1) == split.labels
+            ).mean()
 
         chunks = math.gcd(len(splits["test"].labels), 10)
         test = jax.tree.map(
@@ -175,7 +179,11 @@ def _load_fashion_mnist(transform=lambda x: x):
 
 
 def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
-    return {}, {"data": "drawn from its formula", "data_checksum": "", "stand_in": False}
+    return {}, {
+        "data": "drawn from its formula",
+        "data_checksum": "",
+        "stand_in": False,
+    }
 
 
 TASKS: dict[str, TaskSpec] = {

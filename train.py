@@ -26,7 +26,7 @@ import star
 from baselines import BASELINES, rates
 from data import DataError
 from inner import batching, compiler_options, curves, inner_training
-from store import UserError, flatten, read_npz, unflatten, write_atomically
+from store import UserError, ema, flatten, read_npz, unflatten, write_atomically
 from tasks import TASKS
 
 ESTIMATORS = {
@@ -48,7 +48,9 @@ class Config:
     optimizer: str = arg(
         "star_small_beta3", "what is meta-trained", choices=tuple(star.CONSTANTS)
     )
-    beta3: float | None = arg(None, "scale of the blackbox term, if not the optimizer's own")
+    beta3: float | None = arg(
+        None, "scale of the blackbox term, if not the optimizer's own"
+    )
     estimator: str = arg("pes", "of the meta-gradient", choices=tuple(ESTIMATORS))
     steps: int = arg(2000, "meta-steps")
     particles: int = arg(4, "antithetic pairs")
@@ -63,9 +65,13 @@ class Config:
     weight_decay: float = arg(0.1, "AdamW's, a multiplier of the meta-learning rate")
     clip: float = arg(1.0, "limit of the meta-gradient")
     clip_by: str = arg("value", "what the limit applies to", choices=("value", "norm"))
-    start_horizon: int = arg(0, "T at the start, growing to --horizon; 0: no curriculum")
+    start_horizon: int = arg(
+        0, "T at the start, growing to --horizon; 0: no curriculum"
+    )
     curriculum: float = arg(0.5, "share of the meta-steps over which T grows")
-    average: float = arg(0.0, "decay of the running mean of theta that is saved; 0: none")
+    average: float = arg(
+        0.0, "decay of the running mean of theta that is saved; 0: none"
+    )
     seed: int = arg(0, "of everything random")
     data: str = arg(
         "auto",
@@ -74,7 +80,9 @@ class Config:
     )
     data_dir: str | None = arg(None, "folder that holds the data set")
     out: str | None = arg(None, "folder of the run; default runs/TASK-OPTIMIZER-seedN")
-    init: str | None = arg(None, "start from this theta.npz and its meta-optimizer state")
+    init: str | None = arg(
+        None, "start from this theta.npz and its meta-optimizer state"
+    )
     fresh_meta: bool = arg(False, "take only theta from --init; count from meta-step 0")
     resume: bool = arg(False, "continue the run in the folder, bit for bit")
     checkpoint_every: int = arg(100, "meta-steps between checkpoints")
@@ -95,7 +103,15 @@ PRESETS = {
     ),
 }
 # What a resumed run may change; all else is its recipe.
-NOT_RECIPE = ("data_dir", "out", "resume", "checkpoint_every", "log_every", "init", "fresh_meta")
+NOT_RECIPE = (
+    "data_dir",
+    "out",
+    "resume",
+    "checkpoint_every",
+    "log_every",
+    "init",
+    "fresh_meta",
+)
 
 
 class TrainState(NamedTuple):
@@ -194,12 +210,13 @@ def compile_meta_step(config: Config, data, state: TrainState):
     return jitted.lower(data, jax.random.key(config.seed), state).compile()
 
 
-
 # The files of a run.
 
 
 def save_checkpoint(folder, config: Config, state: TrainState) -> None:
-    arrays = flatten(state) | {"config": np.array(json.dumps(dataclasses.asdict(config)))}
+    arrays = flatten(state) | {
+        "config": np.array(json.dumps(dataclasses.asdict(config)))
+    }
     write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **arrays))
 
 
@@ -273,7 +290,9 @@ class Log:
 
     def text(self, rows, header=False) -> bytes:
         lines = [",".join(self.fields)] if header else []
-        lines += [f"{int(row[0])}," + ",".join(f"{x:.6g}" for x in row[1:]) for row in rows]
+        lines += [
+            f"{int(row[0])}," + ",".join(f"{x:.6g}" for x in row[1:]) for row in rows
+        ]
         return "".join(line + "\n" for line in lines).encode()
 
     def add(self, rows) -> None:
@@ -285,22 +304,14 @@ class Log:
         return ema([row[1] for row in self.rows], decay)
 
 
-def ema(values, decay: float) -> np.ndarray:
-    """Running mean of a curve along its last axis, bias-corrected, as in the figures."""
-    values = np.asarray(values, np.float64)
-    out, mean = np.empty_like(values), 0.0
-    for t in range(values.shape[-1]):
-        mean = decay * mean + (1 - decay) * values[..., t]
-        out[..., t] = mean / (1 - decay ** (t + 1))
-    return out
-
-
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def make_card(config: Config, about: dict, step: int, seconds: float, loss: float) -> dict:
+def make_card(
+    config: Config, about: dict, step: int, seconds: float, loss: float
+) -> dict:
     _, constants = learned_optimizer(config)
     device = jax.devices()[0]
     return {
@@ -320,7 +331,9 @@ def make_card(config: Config, about: dict, step: int, seconds: float, loss: floa
     }
 
 
-def plot(folder, config: Config, log: Log, lines: dict[str, float], about: dict) -> None:
+def plot(
+    folder, config: Config, log: Log, lines: dict[str, float], about: dict
+) -> None:
     """curve.png: the meta-loss over meta-steps, with lines for scale."""
     import matplotlib
 
@@ -332,13 +345,17 @@ def plot(folder, config: Config, log: Log, lines: dict[str, float], about: dict)
     axes.plot(steps, [row[1] for row in log.rows], color="C0", alpha=0.25, lw=0.7)
     axes.plot(steps, log.smoothed(), color="C0", label="meta-loss (EMA 0.95)")
     for i, (name, value) in enumerate(lines.items()):
-        axes.axhline(value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}")
+        axes.axhline(
+            value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}"
+        )
     axes.set(
         xlabel="meta-steps",
         ylabel=f"mean training loss over {config.horizon} inner steps (nats)",
         title=f"{config.optimizer} by {config.estimator} on {config.task}\n{about['data']}",
     )
-    axes.set_ylim(*np.nanpercentile([row[1] for row in log.rows], [0, 97]) * [0.97, 1.05])
+    axes.set_ylim(
+        *np.nanpercentile([row[1] for row in log.rows], [0, 97]) * [0.97, 1.05]
+    )
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
@@ -372,14 +389,20 @@ def parse(argv=None) -> Config:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="recipe")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="default", help="recipe"
+    )
     for field in dataclasses.fields(Config):
         name = "--" + field.name.replace("_", "-")
-        options = dict(dest=field.name, help=field.metadata["help"], default=field.default)
+        options = dict(
+            dest=field.name, help=field.metadata["help"], default=field.default
+        )
         if field.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = {"int": int, "float": float}.get(getattr(field.type, "__name__", ""), str)
+            kind = {"int": int, "float": float}.get(
+                getattr(field.type, "__name__", ""), str
+            )
             kind = float if field.name == "beta3" else kind
             parser.add_argument(
                 name, type=kind, choices=field.metadata.get("choices"), **options
@@ -395,7 +418,14 @@ def parse(argv=None) -> Config:
 
 def check(config: Config) -> None:
     """UserError for a setting that cannot work."""
-    for name in ("steps", "particles", "horizon", "truncation", "log_every", "checkpoint_every"):
+    for name in (
+        "steps",
+        "particles",
+        "horizon",
+        "truncation",
+        "log_every",
+        "checkpoint_every",
+    ):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("sigma", "meta_lr", "clip", "curriculum"):
@@ -412,7 +442,9 @@ def check(config: Config) -> None:
     if config.warmup >= config.steps:
         raise UserError("--warmup must be below --steps")
     if config.resume and config.init:
-        raise UserError("--resume goes on from the folder's checkpoint; --init does not apply")
+        raise UserError(
+            "--resume goes on from the folder's checkpoint; --init does not apply"
+        )
 
 
 def main(argv=None) -> int:
@@ -429,7 +461,9 @@ def main(argv=None) -> int:
     if config.resume:
         state = load_checkpoint(folder, config, state)
     elif (folder / "checkpoint.npz").exists():
-        raise UserError(f"{folder} holds a run already: --resume it, or choose another --out")
+        raise UserError(
+            f"{folder} holds a run already: --resume it, or choose another --out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
@@ -440,7 +474,9 @@ def main(argv=None) -> int:
     print(text, end="")
     begin = time.perf_counter()
     step_fn = compile_meta_step(config, data, state)
-    print(f"compiled in {time.perf_counter() - begin:.1f} s; writing {folder}", flush=True)
+    print(
+        f"compiled in {time.perf_counter() - begin:.1f} s; writing {folder}", flush=True
+    )
     return loop(config, folder, about, data, state, log, step_fn)
 
 
@@ -452,7 +488,9 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
 
     def flush():
         nonlocal pending, last, elapsed
-        pending_rows = [[float(x) for x in row] for row in pending]  # waits for the device
+        pending_rows = [
+            [float(x) for x in row] for row in pending
+        ]  # waits for the device
         now = time.perf_counter()
         spent, last = now - last, now
         for i, row in enumerate(pending_rows):
@@ -474,7 +512,9 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
             flush()
         loss = np.mean([row[1] for row in log.rows[-100:]]) if log.rows else np.nan
         save_checkpoint(folder, config, state)
-        save_theta(folder, make_card(config, about, int(state.step), elapsed, loss), state)
+        save_theta(
+            folder, make_card(config, about, int(state.step), elapsed, loss), state
+        )
 
     try:
         for step in range(first, config.steps):

@@ -1,0 +1,94 @@
+"""Figures by name: a `compute_*` that returns arrays and a `plot_*` that draws them.
+
+`python eval.py --figure NAME` calls them; each writes NAME.png and NAME.json.
+"""
+
+import json
+from functools import partial
+
+import jax
+import matplotlib
+import numpy as np
+
+import star
+from inner import curves
+from store import write_atomically
+from tasks import TASKS
+
+BETA3 = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0)
+
+
+def compute_betas(build, data, steps: int, theta_seeds: int) -> dict:
+    """What beta3 does before any meta-training: losses of untrained networks.
+
+    Returns mean_loss (beta3, theta seeds) over the first `steps` inner steps, in nats and
+    unclipped, and curves (beta3, theta seeds, steps).
+    """
+    keys = jax.random.split(jax.random.key(0), theta_seeds)
+    thetas = [star.PRESETS["star"].init_theta(key) for key in keys]
+    run_key = jax.random.split(jax.random.key(1), 1)
+    losses = []
+    for beta3 in BETA3:
+        optimizer = star.learned_optimizer(star.Constants(beta3=beta3))
+        losses.append(
+            curves(build, data, optimizer, thetas, run_key, steps).losses[:, 0]
+        )
+    losses = np.stack(losses)
+    return {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
+
+
+def plot_betas(result: dict, plt):
+    """Left: the loss over inner time. Right: its mean against beta3, a dot per theta."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for i, (beta3, losses) in enumerate(zip(BETA3, result["curves"], strict=True)):
+        for s, loss in enumerate(losses):
+            label = f"beta3 = {beta3:g}" if s == 0 else None
+            left.plot(np.arange(1, len(loss) + 1), loss, f"C{i}", lw=0.8, label=label)
+        right.plot([max(beta3, 1e-8)] * len(losses), result["mean_loss"][i], f"C{i}o")
+    left.set(
+        xlabel="inner steps", ylabel="training loss (nats)", yscale="log", xscale="log"
+    )
+    left.legend(fontsize=8)
+    ticks = [max(beta3, 1e-8) for beta3 in BETA3]
+    right.set(
+        xlabel="beta3", ylabel="mean training loss (nats)", xscale="log", yscale="log"
+    )
+    right.set_xticks(ticks, [f"{beta3:g}" for beta3 in BETA3])
+    right.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
+    right.legend(fontsize=8)
+    return figure
+
+
+def _betas(quick: bool, source, data_dir):
+    task = TASKS["fmnist_small" if quick else "fmnist"]
+    data, about = task.load(source, data_dir)
+    result = compute_betas(task.build, data, steps=100 if quick else 500, theta_seeds=3)
+    title = f"STAR with an untrained network, {'fmnist_small' if quick else 'fmnist'}"
+    return result, f"{title}: {about['data']}", about
+
+
+FIGURES = {"betas": (_betas, plot_betas)}
+
+
+def draw(name: str, folder, quick: bool, source: str, data_dir) -> int:
+    """Compute, print, save and plot one figure."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    compute, plot = FIGURES[name]
+    result, title, about = compute(quick, source, data_dir)
+    summary = {k: np.asarray(v).tolist() for k, v in result.items() if k != "curves"}
+    text = (
+        json.dumps({"title": title, "quick": quick, **about, **summary}, indent=1)
+        + "\n"
+    )
+    write_atomically(folder / f"{name}.json", lambda f: f.write(text.encode()))
+    figure = plot(result, plt)
+    figure.suptitle(title)
+    write_atomically(
+        folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150)
+    )
+    plt.close(figure)
+    print(text, end="")
+    print(f"figure in {folder / f'{name}.png'}")
+    return 0
