@@ -29,10 +29,10 @@ from jax.lax import rsqrt
 
 Theta = dict[str, jax.Array]
 
-# Rows of w0, in the order of the features. `row`, `col` are adafactor's running means of
-# the squared gradient over all but one axis; a vector has only one, which enters as both.
-GRAD, PARAM, MOMENTUM, RMS = 0, 1, slice(2, 5), 5
-MOMENTUM_OVER_RMS, INVERSE_RMS, FACTORED_GRAD = slice(6, 9), 9, slice(10, 13)
+# The features, as rows of w0. `row` and `col` are adafactor's running means of the squared
+# gradient over one axis each; a vector has one running mean, which enters as both.
+GRAD, PARAM, MOMENTUM, RMS = slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)
+MOMENTUM_OVER_V, INVERSE_V, FACTORED_GRAD = slice(6, 9), slice(9, 10), slice(10, 13)
 ROW, COL, INVERSE_ROW, INVERSE_COL = (slice(i, i + 3) for i in (13, 16, 19, 22))
 FACTORED_MOMENTUM, TIME = slice(25, 28), slice(28, 39)
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)  # steps
@@ -90,27 +90,27 @@ class LearnedOptimizer(NamedTuple):
 
 class Decays(NamedTuple):
     momentum: jax.Array  # (M,)
-    rms: jax.Array  # ()
+    rms: jax.Array  # (1,)
     adafactor: jax.Array  # (M,)
 
 
 class Statistics(NamedTuple):
-    """The running means of one tensor (see State)."""
+    """The running means of one tensor: one leaf of each tree of State."""
 
-    momentum: tuple[jax.Array, ...]
+    momentum: list[jax.Array]
     rms: jax.Array
     row: jax.Array
     col: jax.Array
 
 
 class Adafactor(NamedTuple):
-    """What adafactor's statistics of one tensor contribute to the first layer."""
+    """What adafactor's statistics of one tensor add to the first layer."""
 
-    grad_factor: list  # M arrays, broadcastable to (*P): features grad * factor
-    momentum_factor: list  # likewise: features momentum[k] * factor[k]
-    grad_mean_square: jax.Array  # (M,) mean squares of those features over the tensor
-    momentum_mean_square: jax.Array  # (M,)
-    hidden: jax.Array  # broadcastable to (H, *P): the row and column features' share
+    grad_factors: Any  # M arrays, broadcastable to (*P): features g * factor
+    momentum_factors: Any  # likewise: features momentum[k] * factor[k]
+    grad_mean_squares: list  # M scalars, of those features over the tensor
+    momentum_mean_squares: list
+    hidden: jax.Array  # broadcastable to (H, *P): the row and column features
 
 
 # g(z) of equation 21, from (grad, momentum, 1/v). The paper's text names "a combined
@@ -145,43 +145,39 @@ def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  
         raise ValueError("the 39 features need three momentum and adafactor decays")
 
     def init_theta(key):
-        return _init_theta(key, heads=2 if c.nominal == "none" else 3)
+        """Weights truncated normal over sqrt(fan in), all else zero."""
+        theta = {name: jnp.zeros(shape) for name, shape in theta_shapes(c).items()}
+        for name, k in zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True):
+            fan_in, _ = shape = theta[name].shape
+            normal = jax.random.truncated_normal(k, -2, 2, shape)
+            theta[name] = normal / math.sqrt(fan_in)
+        return theta
 
     def update(theta, grads, state, params):
         check_theta(theta, c)
         decays = effective_decays(theta, c)
-        time_hidden = (
-            theta["b0"] + time_features(state.count) @ theta["w0"][TIME]
-        )  # (H,)
+        time_hidden = theta["b0"] + time_features(state.count) @ theta["w0"][TIME]
         leaves, treedef = jax.tree.flatten(grads)
-
-        def per_tensor(tree):
-            return treedef.flatten_up_to(tree)
-
-        statistics = zip(
-            zip(*map(per_tensor, state.momentum), strict=True),
-            *map(per_tensor, (state.rms, state.row, state.col)),
-            strict=True,
-        )
-        updates, new = [], []
-        for g, p, s in zip(leaves, per_tensor(params), statistics, strict=True):
-            step, s = update_tensor(
-                theta, c, time_hidden, decays, (g, p), Statistics(*s)
+        leaves_of = treedef.flatten_up_to
+        steps, new = [], []
+        for i, (g, p) in enumerate(zip(leaves, leaves_of(params), strict=True)):
+            old = Statistics(
+                momentum=[leaves_of(tree)[i] for tree in state.momentum],
+                rms=leaves_of(state.rms)[i],
+                row=leaves_of(state.row)[i],
+                col=leaves_of(state.col)[i],
             )
-            updates.append(step)
-            new.append(s)
-        unflatten = treedef.unflatten
-        state = State(
+            step, statistics = update_tensor(theta, c, time_hidden, decays, g, p, old)
+            steps.append(step)
+            new.append(statistics)
+        tree = treedef.unflatten
+        return tree(steps), State(
             count=state.count + 1,
-            momentum=tuple(
-                unflatten([s.momentum[k] for s in new])
-                for k in range(len(state.momentum))
-            ),
-            rms=unflatten([s.rms for s in new]),
-            row=unflatten([s.row for s in new]),
-            col=unflatten([s.col for s in new]),
+            momentum=tuple(tree([s.momentum[k] for s in new]) for k in range(3)),
+            rms=tree([s.rms for s in new]),
+            row=tree([s.row for s in new]),
+            col=tree([s.col for s in new]),
         )
-        return unflatten(updates), state
 
     return LearnedOptimizer(init_theta, init, update)
 
@@ -190,98 +186,94 @@ def init(params) -> State:
     """All running means at zero, for any tree of real floating-point arrays."""
 
     def zeros(shape_of):
-        return jax.tree.map(
-            lambda p: jnp.zeros(shape_of(_real(p)), jnp.float32), params
-        )
+        return jax.tree.map(lambda p: jnp.zeros(shape_of(p), jnp.float32), params)
 
+    def row_shape(p):
+        return (3, *np.delete(p.shape, factored_axes(p.shape)[1:]))
+
+    def col_shape(p):
+        return (3, *np.delete(p.shape, factored_axes(p.shape)[:1])) if p.ndim > 1 else (3, 1)
+
+    for p in jax.tree.leaves(params):
+        if not jnp.issubdtype(p.dtype, jnp.floating):
+            raise TypeError(f"STAR updates real floating-point arrays, not {p.dtype}")
     return State(
         count=jnp.zeros((), jnp.int32),
         momentum=tuple(zeros(jnp.shape) for _ in range(3)),
         rms=zeros(jnp.shape),
-        row=zeros(lambda p: (3, *_without(p.shape, 0))),
-        col=zeros(lambda p: (3, *_without(p.shape, 1)) if p.ndim > 1 else (3, 1)),
+        row=zeros(row_shape),
+        col=zeros(col_shape),
     )
 
 
-def update_tensor(theta, c, time_hidden, decays, grad_and_param, statistics):
-    """The update of one tensor: (update (*P) in the parameter's dtype, Statistics)."""
-    g, p = (x.astype(jnp.float32) for x in grad_and_param)
+def update_tensor(theta, c, time_hidden, decays, grad, param, statistics):
+    """One tensor: (the update (*P) in the parameter's dtype, its new Statistics)."""
+    g, p = grad.astype(jnp.float32), param.astype(jnp.float32)
     s = accumulate(g, decays, statistics, c)
     inverse_v = rsqrt(s.rms + c.rms_eps)  # (*P)
     hidden = first_layer(theta["w0"], time_hidden, g, p, s, inverse_v, c)
     direction, magnitude, *nominal_magnitude = head_layers(theta, hidden)  # each (*P)
-    blackbox = c.beta3 * direction * jnp.exp(c.beta4 * magnitude)  # equations 20, 22
-    step = blackbox * inverse_v if c.preconditioner == "rms" else blackbox
+    step = c.beta3 * direction * jnp.exp(c.beta4 * magnitude)  # equations 20 and 22
+    if c.preconditioner == "rms":
+        step *= inverse_v
     if c.nominal != "none":  # equation 21
-        g_nominal = NOMINAL[c.nominal](g, s.momentum, inverse_v)
-        step += c.beta1 * jnp.exp(c.beta2 * nominal_magnitude[0]) * g_nominal
-    return (-step).astype(grad_and_param[1].dtype), s
+        descent = NOMINAL[c.nominal](g, s.momentum, inverse_v)
+        step += c.beta1 * jnp.exp(c.beta2 * nominal_magnitude[0]) * descent
+    return (-step).astype(param.dtype), s
 
 
 def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
-    """mean <- decay * mean + (1 - decay) * new for all running means of one tensor."""
+    """mean <- decay * mean + (1 - decay) * new, for all running means of one tensor."""
 
     def ema(decay, mean, new):
         return decay * mean + (1 - decay) * new
 
+    def emas(means, new):  # M decays, (M, *S) means of one new (*S)
+        return ema(decays.adafactor.reshape(-1, *(1,) * new.ndim), means, new[None])
+
     g2 = _square(g, c)
-    over_largest, over_second = g2, jnp.zeros(1)
+    row, col = emas(s.row, g2) if g.ndim < 2 else None, s.col
     if g.ndim > 1:
         second, largest = factored_axes(g.shape)
-        over_largest, over_second = jnp.mean(g2, largest), jnp.mean(g2, second)
-    adafactor = decays.adafactor.reshape(-1, *(1,) * over_largest.ndim)  # (M, 1, ...)
-    adafactor_col = decays.adafactor.reshape(-1, *(1,) * over_second.ndim)
-    return Statistics(
-        momentum=tuple(
-            ema(d, m, g) for d, m in zip(decays.momentum, s.momentum, strict=True)
-        ),
-        rms=ema(decays.rms, s.rms, g2),
-        row=ema(adafactor, s.row, over_largest[None]),
-        col=ema(adafactor_col, s.col, over_second[None]),
-    )
+        row = emas(s.row, jnp.mean(g2, largest))
+        col = emas(s.col, jnp.mean(g2, second))
+    momentum = [ema(d, m, g) for d, m in zip(decays.momentum, s.momentum, strict=True)]
+    return Statistics(momentum, ema(decays.rms[0], s.rms, g2), row, col)
 
 
 def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -> list:
-    """W0' features + b0 before its ReLU: H arrays, broadcastable to (*P).
+    """W0' features + b0, before its ReLU: H arrays, broadcastable to (*P).
 
-    Every feature x of the tensor enters as x / sqrt(mean square of x + eps). Folded form:
-    the normalizer scales the feature's row of w0, features with a common factor are summed
-    before it is applied, row and column features stay small, and no (*P, F) array is ever
-    built. `test_star.py` holds the plain form, per element, and shows that both agree.
+    Every feature x of the tensor enters as x / sqrt(mean square of x + eps). This is the
+    folded form: the normalizer scales the feature's row of w0, features with a common
+    factor are summed before it is applied, row and column features stay small, and no
+    array of (*P, F) is built. The tests hold the plain form and show that both agree.
     """
 
-    def scale(mean_squares, rows):  # rows of w0 divided by their features' normalizers
-        return (
-            rsqrt(c.normalizer_eps + jnp.atleast_1d(mean_squares))[:, None] * w0[rows]
-        )
+    def weights(rows, mean_squares):  # (rows, H)
+        return rsqrt(c.normalizer_eps + jnp.stack(mean_squares))[:, None] * w0[rows]
 
     m = s.momentum
     m2 = [_square(x, c) for x in m]
     inverse_v2 = 1 / (s.rms + c.rms_eps)
     adafactor = (factored if g.ndim > 1 else unfactored)(w0, g, m2, s, c)
-    mean = jnp.mean
-    w_g = scale(mean(_square(g, c)), slice(GRAD, GRAD + 1))[0]  # (H,)
-    w_p = scale(_mean_product(p, p), slice(PARAM, PARAM + 1))[0]
-    w_rms = scale(_mean_product(s.rms, s.rms), slice(RMS, RMS + 1))[0]
-    w_inverse = scale(mean(inverse_v2), slice(INVERSE_RMS, INVERSE_RMS + 1))[0]
-    w_m = scale(jnp.stack([mean(x) for x in m2]), MOMENTUM)  # (M, H)
-    w_m_over_rms = scale(
-        jnp.stack([_mean_product(x, inverse_v2) for x in m2]), MOMENTUM_OVER_RMS
-    )
-    w_g_factored = scale(adafactor.grad_mean_square, FACTORED_GRAD)
-    w_m_factored = scale(adafactor.momentum_mean_square, FACTORED_MOMENTUM)
+    (w_g,) = weights(GRAD, [jnp.mean(_square(g, c))])  # (H,)
+    (w_p,) = weights(PARAM, [_mean_product(p, p)])
+    (w_rms,) = weights(RMS, [_mean_product(s.rms, s.rms)])
+    (w_inverse_v,) = weights(INVERSE_V, [jnp.mean(inverse_v2)])
+    w_m = weights(MOMENTUM, [jnp.mean(x) for x in m2])  # (M, H)
+    w_m_over_v = weights(MOMENTUM_OVER_V, [_mean_product(x, inverse_v2) for x in m2])
+    w_factored_g = weights(FACTORED_GRAD, adafactor.grad_mean_squares)
+    w_factored_m = weights(FACTORED_MOMENTUM, adafactor.momentum_mean_squares)
 
     hidden = []
     for j in range(w0.shape[1]):
         h = time_hidden[j] + adafactor.hidden[j]
-        h += w_p[j] * p + w_rms[j] * s.rms + w_inverse[j] * inverse_v
-        h += g * (w_g[j] + _dot(w_g_factored[:, j], adafactor.grad_factor))
-        for k, m_k in enumerate(m):
-            h += m_k * (
-                w_m[k, j]
-                + w_m_over_rms[k, j] * inverse_v
-                + w_m_factored[k, j] * adafactor.momentum_factor[k]
-            )
+        h += w_p[j] * p + w_rms[j] * s.rms + w_inverse_v[j] * inverse_v
+        h += g * (w_g[j] + _dot(w_factored_g[:, j], adafactor.grad_factors))
+        for k, factor in enumerate(adafactor.momentum_factors):
+            over_v = w_m_over_v[k, j] * inverse_v
+            h += m[k] * (w_m[k, j] + over_v + w_factored_m[k, j] * factor)
         hidden.append(h)
     return hidden
 
@@ -289,68 +281,58 @@ def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -
 def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     """Adafactor features for rank 2 and more (Shazeer & Stern 2018, algorithm 4).
 
-    The estimate of 1/v factors into one number per row and one per column, over the two
-    largest axes: x * row_factor * col_factor. Its mean square needs no such array either:
-    sum_rc x2[r,c] row_factor[r]^2 col_factor[c]^2 is a chain of small matrix products.
+    Its 1/v factors into a number per row and one per column, over the two largest axes:
+    x * row_factor * col_factor. The mean square of that needs no array of x's size either:
+    sum over r, c of x2[r, c] row_factor[r]^2 col_factor[c]^2 is a product of matrices.
     """
     second, largest = factored_axes(g.shape)
-    axis_in_row = second - (
-        largest < second
-    )  # where `second` is once `largest` is gone
-    row_mean = jnp.mean(s.row, axis_in_row + 1, keepdims=True) + c.factor_floor
-    row_factor = _floored_rsqrt(s.row / row_mean, c)  # (M, *P less largest)
-    col_factor = _floored_rsqrt(s.col, c)  # (M, *P less second)
+    second_in_row = second - int(largest < second)  # in `row`, `largest` is gone
+    row_mean = jnp.mean(s.row, second_in_row + 1, keepdims=True)
+    row_factor = _floored_rsqrt(s.row / (row_mean + c.factor_floor), c)
+    col_factor = _floored_rsqrt(s.col, c)  # (M, *P less second); row: (M, *P less largest)
 
     axes = "abcdefghijkl"[: g.ndim]
-    row_axes, col_axes = axes.replace(axes[largest], ""), axes.replace(axes[second], "")
+    sum_products = f"{axes},{axes.replace(axes[largest], '')},{axes.replace(axes[second], '')}->"
 
-    def factored_mean_square(subscripts, x2, *factors):
-        squares = [f * f for f in factors]
-        return jnp.einsum(subscripts, x2, *squares, precision="highest") / g.size
+    def mean_square(x2, k):
+        squares = row_factor[k] ** 2, col_factor[k] ** 2
+        return jnp.einsum(sum_products, x2, *squares, precision="highest") / g.size
 
-    each = f"{axes},{row_axes},{col_axes}->"
-    row_hidden = _statistic_features(s.row, w0[ROW], w0[INVERSE_ROW], c)
-    col_hidden = _statistic_features(s.col, w0[COL], w0[INVERSE_COL], c)
-    row_factor_full = jnp.expand_dims(row_factor, largest + 1)
-    col_factor_full = jnp.expand_dims(col_factor, second + 1)
-    factors = [r * q for r, q in zip(row_factor_full, col_factor_full, strict=True)]
+    row = jnp.expand_dims(_side(s.row, w0[ROW], w0[INVERSE_ROW], c), largest + 1)
+    col = jnp.expand_dims(_side(s.col, w0[COL], w0[INVERSE_COL], c), second + 1)
+    factors = list(
+        jnp.expand_dims(row_factor, largest + 1) * jnp.expand_dims(col_factor, second + 1)
+    )
+    g2 = _square(g, c)
     return Adafactor(
-        grad_factor=factors,
-        momentum_factor=factors,
-        grad_mean_square=factored_mean_square(
-            f"{axes},z{row_axes},z{col_axes}->z", _square(g, c), row_factor, col_factor
-        ),
-        momentum_mean_square=jnp.stack(
-            [
-                factored_mean_square(each, x2, r, q)
-                for x2, r, q in zip(m2, row_factor, col_factor, strict=True)
-            ]
-        ),
-        hidden=jnp.expand_dims(row_hidden, largest + 1)
-        + jnp.expand_dims(col_hidden, second + 1),
+        grad_factors=factors,
+        momentum_factors=factors,
+        grad_mean_squares=[mean_square(g2, k) for k in range(3)],
+        momentum_mean_squares=[mean_square(m2[k], k) for k in range(3)],
+        hidden=row + col,
     )
 
 
 def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
-    """The same features for rank 0 and 1, from the unfactored mean square in `s.row`."""
-    tensor = tuple(range(1, g.ndim + 1))
-    grad_factor = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
-    momentum_factor = rsqrt(s.row + c.vector_eps)
-    as_row = _statistic_features(s.row, w0[ROW], w0[INVERSE_ROW], c)
-    as_col = _statistic_features(s.row, w0[COL], w0[INVERSE_COL], c)
+    """The same features for rank 0 and 1, from the one mean square per element, `row`."""
+    grad_factors = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
+    momentum_factors = rsqrt(s.row + c.vector_eps)
+    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], c)
+    col = _side(s.row, w0[COL], w0[INVERSE_COL], c)
     return Adafactor(
-        grad_factor=list(grad_factor),
-        momentum_factor=list(momentum_factor),
-        grad_mean_square=jnp.mean((g[None] * grad_factor) ** 2, tensor),
-        momentum_mean_square=jnp.mean(jnp.stack(m2) * momentum_factor**2, tensor),
-        hidden=as_row + as_col,
+        grad_factors=grad_factors,
+        momentum_factors=momentum_factors,
+        grad_mean_squares=[jnp.mean((g * f) ** 2) for f in grad_factors],
+        momentum_mean_squares=[jnp.mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)],
+        hidden=row + col,
     )
 
 
 def head_layers(theta: Theta, hidden: list) -> list:
-    """Second layer and heads, unit by unit: each of the outputs has shape (*P).
+    """Second layer and heads, unit by unit: each output has shape (*P).
 
-    Written as sums, not matrix products: XLA fuses it with the first layer into one pass.
+    Sums, not matrix products: so XLA makes one pass over the tensor of them and of the
+    first layer.
     """
     hidden = [jax.nn.relu(h) for h in hidden]
     w1, b1, w2, b2 = (theta[name] for name in ("w1", "b1", "w2", "b2"))
@@ -377,35 +359,33 @@ def effective_decays(theta: Theta, c: Constants) -> Decays:
 
     return Decays(
         momentum=shift(c.momentum_decays, theta["momentum_decays"]),
-        rms=jnp.clip(shift([c.rms_decay], theta["rms_decays"]), 0, 1)[0],
+        rms=jnp.clip(shift([c.rms_decay], theta["rms_decays"]), 0, 1),
         adafactor=jnp.clip(shift(c.adafactor_decays, theta["adafactor_decays"]), 0, 1),
     )
 
 
-def factored_axes(shape) -> tuple[int, int]:
-    """(second largest, largest) axis; among equal sizes the later one counts as larger."""
-    *_, second, largest = np.argsort(shape, kind="stable")
-    return int(second), int(largest)
+def factored_axes(shape) -> tuple[int, ...]:
+    """(second largest, largest) axis, of equal ones the later is larger; () below rank 2."""
+    return tuple(int(i) for i in np.argsort(shape, kind="stable")[-2:] if len(shape) > 1)
 
 
 def theta_shapes(c: Constants) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every array in theta."""
-    theta = jax.eval_shape(learned_optimizer(c).init_theta, jax.random.key(0))
-    return {name: x.shape for name, x in theta.items()}
+    heads = 2 if c.nominal == "none" else 3
+    network = dict(w0=(39, 4), b0=(4,), w1=(4, 4), b1=(4,), w2=(4, heads), b2=(heads,))
+    return network | dict(momentum_decays=(3,), rms_decays=(1,), adafactor_decays=(3,))
 
 
 def check_theta(theta: Theta, c: Constants) -> None:
     """ValueError, in one line, unless theta has the names and shapes that c asks for."""
-    heads = 2 if c.nominal == "none" else 3
-    expected = _shapes(heads)
+    expected = theta_shapes(c)
     if not isinstance(theta, dict) or set(theta) != set(expected):
         found = sorted(theta) if isinstance(theta, dict) else type(theta).__name__
         raise ValueError(f"theta should hold {sorted(expected)}, not {found}")
     for name, shape in expected.items():
         if jnp.shape(theta[name]) != shape:
-            raise ValueError(
-                f"theta[{name!r}] has shape {jnp.shape(theta[name])}, not {shape}"
-            )
+            found = jnp.shape(theta[name])
+            raise ValueError(f"theta[{name!r}] has shape {found}, not {shape}")
 
 
 # The variants of section 5.3 and appendix C.2, and the one that a CPU can train.
@@ -473,8 +453,9 @@ def load_theta(path) -> tuple[Theta, Constants]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if "/" not in name}
-        card = json.loads(str(arrays.pop("card", "{}")))
-        constants = Constants(**_tuples(card.get("constants", {})))
+        saved = json.loads(str(arrays.pop("card", "{}"))).get("constants", {})
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        constants = Constants(**tuples)
         theta = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
         check_theta(theta, constants)
     except OSError:
@@ -488,37 +469,14 @@ def load_theta(path) -> tuple[Theta, Constants]:
     return theta, constants
 
 
-def _tuples(d: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _shapes(heads: int) -> dict[str, tuple[int, ...]]:
-    network = dict(w0=(39, 4), b0=(4,), w1=(4, 4), b1=(4,), w2=(4, heads), b2=(heads,))
-    return network | dict(momentum_decays=(3,), rms_decays=(1,), adafactor_decays=(3,))
-
-
-def _init_theta(key, heads: int) -> Theta:
-    """Weights truncated normal with scale 1/sqrt(fan in), everything else zero."""
-    theta = {name: jnp.zeros(shape) for name, shape in _shapes(heads).items()}
-    for name, k in zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True):
-        shape = theta[name].shape
-        theta[name] = jax.random.truncated_normal(k, -2, 2, shape) / math.sqrt(shape[0])
-    return theta
-
-
-def _statistic_features(x, w_value, w_inverse, c: Constants):
-    """Share of the features x and 1/sqrt(x + eps), x (M, *S), in the first layer: (H, *S)."""
+def _side(x, w_value, w_inverse, c: Constants):
+    """The features x (M, *S) and 1/sqrt(x + eps), in the first layer: (H, *S)."""
     flat = x.reshape(len(x), -1)
     flat = jnp.concatenate([flat, rsqrt(flat + c.statistic_eps)])  # (2 M, S)
     scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
     w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
-    return jnp.einsum("fh,fs->hs", w, flat, precision="highest").reshape(
-        -1, *x.shape[1:]
-    )
+    hidden = jnp.einsum("fh,fs->hs", w, flat, precision="highest")
+    return hidden.reshape(-1, *x.shape[1:])
 
 
 def _square(x, c: Constants):
@@ -537,19 +495,3 @@ def _floored_rsqrt(x, c: Constants):
 
 def _dot(weights, arrays):
     return sum(w * x for w, x in zip(weights, arrays, strict=True))
-
-
-def _without(shape, which: int) -> tuple[int, ...]:
-    """shape less its largest (which = 0) or second largest (1) axis, when factored."""
-    if len(shape) < 2:
-        return tuple(shape)
-    axis = factored_axes(shape)[::-1][which]
-    return tuple(n for i, n in enumerate(shape) if i != axis)
-
-
-def _real(p):
-    if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-        raise TypeError(
-            f"STAR updates real floating-point arrays, not {jnp.result_type(p)}"
-        )
-    return p
