@@ -451,7 +451,7 @@ def load_theta(path) -> tuple[Theta, Constants]:
     OSError when the file cannot be read; ValueError, in one line, when it is no theta.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if "/" not in name}
         saved = json.loads(str(arrays.pop("card", "{}"))).get("constants", {})
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
@@ -461,9 +461,8 @@ def load_theta(path) -> tuple[Theta, Constants]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path} holds no theta of STAR: {_one_line(error)}"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} holds no theta of STAR: {reason}") from error
     if not all(np.isfinite(x).all() for x in theta.values()):
         raise ValueError(f"{path} holds a theta that is not finite")
     return theta, constants

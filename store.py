@@ -38,7 +38,7 @@ def unflatten(template, arrays, where: str):
 
 def read_npz(path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

@@ -1,0 +1,44 @@
+"""Strict JAX and a deterministic hypothesis for all tests."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
+
+import hypothesis
+import jax
+import pytest
+
+import data as datasets
+from tasks import TASKS
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile(
+    "star",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    max_examples=20,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("star")
+
+
+@pytest.fixture(scope="session")
+def stand_in():
+    """A small stand-in for Fashion-MNIST, no files needed."""
+    return datasets.fashion_mnist_stand_in(train=4000, test=500)
+
+
+@pytest.fixture
+def use_stand_in(stand_in, monkeypatch):
+    """Tasks that ask for Fashion-MNIST get the small stand-in."""
+    monkeypatch.setattr(datasets, "fashion_mnist", lambda *_, **__: stand_in)
+
+
+@pytest.fixture
+def small_task(use_stand_in):
+    """(build, data) of `fmnist_small` on the stand-in."""
+    spec = TASKS["fmnist_small"]
+    data, _ = spec.load()
+    return spec.build, data
