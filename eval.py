@@ -20,9 +20,8 @@ import numpy as np
 import figures
 import star
 from baselines import BASELINES, LEARNING_RATES, best_rate, rates
-from data import DataError
 from inner import Curves, curves
-from store import UserError, ema, read_card, write_atomically
+from store import UserError, ema, read_card, run_command, write_atomically
 from tasks import TASKS
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
@@ -163,7 +162,7 @@ def plot(path, entries: list[Entry], task: str, about: dict) -> None:
     axes.set(
         xlabel="inner steps",
         ylabel="training loss (nats, EMA 0.98)",
-        title=f"{task}, {len(entries[0].curves.losses)} seeds\n{about['data']}",
+        title=f"{task}, {len(entries[0].curves.losses)} seeds\n{about['dataset']}",
         xscale="log" if steps > 5000 else "linear",
         yscale="log",
     )
@@ -259,7 +258,7 @@ def main(argv=None) -> int:
     write_results(folder, vars(args), about, entries, rows)
     plot(folder / "curves.png", entries, args.task, about)
     print(
-        f"\n{args.task}, {args.steps} inner steps, {args.seeds} seeds, {about['data']}"
+        f"\n{args.task}, {args.steps} inner steps, {args.seeds} seeds, {about['dataset']}"
     )
     print_table(rows)
     print(f"results in {folder}")
@@ -267,8 +266,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, DataError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("eval.py", main))

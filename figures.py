@@ -64,7 +64,7 @@ def _betas(quick: bool, source, data_dir):
     data, about = task.load(source, data_dir)
     result = compute_betas(task.build, data, steps=100 if quick else 500, theta_seeds=3)
     title = f"STAR with an untrained network, {'fmnist_small' if quick else 'fmnist'}"
-    return result, f"{title}: {about['data']}", about
+    return result, f"{title}: {about['dataset']}", about
 
 
 FIGURES = {"betas": (_betas, plot_betas)}

@@ -192,7 +192,11 @@ def init(params) -> State:
         return (3, *np.delete(p.shape, factored_axes(p.shape)[1:]))
 
     def col_shape(p):
-        return (3, *np.delete(p.shape, factored_axes(p.shape)[:1])) if p.ndim > 1 else (3, 1)
+        return (
+            (3, *np.delete(p.shape, factored_axes(p.shape)[:1]))
+            if p.ndim > 1
+            else (3, 1)
+        )
 
     for p in jax.tree.leaves(params):
         if not jnp.issubdtype(p.dtype, jnp.floating):
@@ -289,10 +293,14 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     second_in_row = second - int(largest < second)  # in `row`, `largest` is gone
     row_mean = jnp.mean(s.row, second_in_row + 1, keepdims=True)
     row_factor = _floored_rsqrt(s.row / (row_mean + c.factor_floor), c)
-    col_factor = _floored_rsqrt(s.col, c)  # (M, *P less second); row: (M, *P less largest)
+    col_factor = _floored_rsqrt(
+        s.col, c
+    )  # (M, *P less second); row: (M, *P less largest)
 
     axes = "abcdefghijkl"[: g.ndim]
-    sum_products = f"{axes},{axes.replace(axes[largest], '')},{axes.replace(axes[second], '')}->"
+    sum_products = (
+        f"{axes},{axes.replace(axes[largest], '')},{axes.replace(axes[second], '')}->"
+    )
 
     def mean_square(x2, k):
         squares = row_factor[k] ** 2, col_factor[k] ** 2
@@ -301,7 +309,8 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     row = jnp.expand_dims(_side(s.row, w0[ROW], w0[INVERSE_ROW], c), largest + 1)
     col = jnp.expand_dims(_side(s.col, w0[COL], w0[INVERSE_COL], c), second + 1)
     factors = list(
-        jnp.expand_dims(row_factor, largest + 1) * jnp.expand_dims(col_factor, second + 1)
+        jnp.expand_dims(row_factor, largest + 1)
+        * jnp.expand_dims(col_factor, second + 1)
     )
     g2 = _square(g, c)
     return Adafactor(
@@ -323,7 +332,9 @@ def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
         grad_factors=grad_factors,
         momentum_factors=momentum_factors,
         grad_mean_squares=[jnp.mean((g * f) ** 2) for f in grad_factors],
-        momentum_mean_squares=[jnp.mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)],
+        momentum_mean_squares=[
+            jnp.mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
+        ],
         hidden=row + col,
     )
 
@@ -366,7 +377,9 @@ def effective_decays(theta: Theta, c: Constants) -> Decays:
 
 def factored_axes(shape) -> tuple[int, ...]:
     """(second largest, largest) axis, of equal ones the later is larger; () below rank 2."""
-    return tuple(int(i) for i in np.argsort(shape, kind="stable")[-2:] if len(shape) > 1)
+    return tuple(
+        int(i) for i in np.argsort(shape, kind="stable")[-2:] if len(shape) > 1
+    )
 
 
 def theta_shapes(c: Constants) -> dict[str, tuple[int, ...]]:

@@ -3,14 +3,30 @@
 import json
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data import DataError
+
 
 class UserError(Exception):
     """One line for the user on stderr, exit code 2."""
+
+
+def run_command(program: str, main, argv=None) -> int:
+    """main(argv)'s exit code; what the user got wrong as one line and exit code 2."""
+    try:
+        return main(argv)
+    except (UserError, DataError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(
+            f"{program}: {error.filename or 'file'}: {error.strerror}", file=sys.stderr
+        )
+    return 2
 
 
 def flatten(tree) -> dict[str, np.ndarray]:

@@ -106,7 +106,7 @@ def mlp_apply(params, images):
     """Images (B, h, w, c) -> logits (B, classes); ReLU between the layers."""
     x = images.reshape(len(images), -1)
     for i, layer in enumerate(params):
-        x = x @ layer["w"] + layer["b"]
+        x = x @ layer["w"] + layer["b"][None]
         x = jax.nn.relu(x) if i < len(params) - 1 else x
     return x
 
@@ -169,8 +169,8 @@ def _load_fashion_mnist(transform=lambda x: x):
     def load(source="auto", data_dir=None) -> tuple[Any, dict]:
         images = datasets.fashion_mnist(source, data_dir)
         about = {
-            "data": images.name,
-            "data_checksum": images.checksum,
+            "dataset": images.name,
+            "dataset_checksum": images.checksum,
             "stand_in": images.stand_in,
         }
         return split_images(images, transform), about
@@ -180,8 +180,8 @@ def _load_fashion_mnist(transform=lambda x: x):
 
 def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
     return {}, {
-        "data": "drawn from its formula",
-        "data_checksum": "",
+        "dataset": "drawn from its formula",
+        "dataset_checksum": "",
         "stand_in": False,
     }
 

@@ -24,9 +24,17 @@ import optax
 import estimators
 import star
 from baselines import BASELINES, rates
-from data import DataError
+from estimators import clip_loss
 from inner import batching, compiler_options, curves, inner_training
-from store import UserError, ema, flatten, read_npz, unflatten, write_atomically
+from store import (
+    UserError,
+    ema,
+    flatten,
+    read_npz,
+    run_command,
+    unflatten,
+    write_atomically,
+)
 from tasks import TASKS
 
 ESTIMATORS = {
@@ -197,7 +205,7 @@ def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState,
         meta=meta,
         particles=particles,
     )
-    return new, metrics | {"grad_norm": optax.global_norm(grad)}
+    return new, metrics | {"grad_norm": optax.tree.norm(grad)}
 
 
 def compile_meta_step(config: Config, data, state: TrainState):
@@ -225,8 +233,8 @@ def load_checkpoint(folder, config: Config, template: TrainState) -> TrainState:
     path = folder / "checkpoint.npz"
     arrays = read_npz(path)
     try:
-        saved = json.loads(str(arrays.pop("config")))
-    except (KeyError, ValueError):
+        saved = dict(json.loads(str(arrays.pop("config"))))
+    except (KeyError, ValueError, TypeError):
         raise UserError(f"{path} is not a checkpoint of train.py") from None
     for name, value in dataclasses.asdict(config).items():
         if name not in NOT_RECIPE and saved.get(name) != value:
@@ -253,9 +261,13 @@ def save_theta(folder, card: dict, state: TrainState) -> None:
 def start_from(path, config: Config, state: TrainState) -> TrainState:
     """The state with theta, and unless --fresh-meta the meta-optimizer, from a theta.npz."""
     try:
-        theta, _ = star.load_theta(path)
+        theta, constants = star.load_theta(path)
     except (OSError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from None
+    for name, theirs in constants._asdict().items():
+        ours = getattr(learned_optimizer(config)[1], name)
+        if theirs != ours:
+            raise UserError(f"{path} is for {name} = {theirs}, this run has {ours}")
     unflatten(state.theta, flatten(theta), str(path))
     arrays = {
         name.removeprefix("train/"): x
@@ -331,9 +343,7 @@ def make_card(
     }
 
 
-def plot(
-    folder, config: Config, log: Log, lines: dict[str, float], about: dict
-) -> None:
+def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
     """curve.png: the meta-loss over meta-steps, with lines for scale."""
     import matplotlib
 
@@ -344,6 +354,11 @@ def plot(
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(steps, [row[1] for row in log.rows], color="C0", alpha=0.25, lw=0.7)
     axes.plot(steps, log.smoothed(), color="C0", label="meta-loss (EMA 0.95)")
+    lines = {
+        "untrained": fresh["untrained_loss"],
+        f"Adam {fresh['adam_learning_rate']:g}": fresh["adam_loss"],
+        "theta on fresh seeds": fresh["fresh_loss"],
+    }
     for i, (name, value) in enumerate(lines.items()):
         axes.axhline(
             value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}"
@@ -351,7 +366,7 @@ def plot(
     axes.set(
         xlabel="meta-steps",
         ylabel=f"mean training loss over {config.horizon} inner steps (nats)",
-        title=f"{config.optimizer} by {config.estimator} on {config.task}\n{about['data']}",
+        title=f"{config.optimizer} by {config.estimator} on {config.task}\n{about['dataset']}",
     )
     axes.set_ylim(
         *np.nanpercentile([row[1] for row in log.rows], [0, 97]) * [0.97, 1.05]
@@ -361,24 +376,29 @@ def plot(
     plt.close(figure)
 
 
-def reference_lines(config: Config, data) -> dict[str, float]:
-    """Mean training loss over the horizon, for scale: untrained theta, and Adam.
+def fresh_runs(config: Config, data, state: TrainState) -> dict:
+    """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta,
+    of an untrained one, and of Adam at the best of three half orders of magnitude.
 
-    One seed each; Adam at the best of three half orders of magnitude.
+    Losses are clipped as the meta-loss is. Returns what the card gains.
     """
-    build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 1)
+    build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
     optimizer, _ = learned_optimizer(config)
-    theta = init_state(config, data, jax.random.key(config.seed)).theta
-    limit = build(data).loss_limit
+    untrained = optimizer.init_theta(jax.random.key(config.seed))
+    learning_rates = (1e-3, 3e-3, 1e-2)
 
-    def mean(optimizer, thetas):
-        losses = curves(build, data, optimizer, thetas, keys, config.horizon).losses
-        return np.minimum(np.nan_to_num(losses, nan=limit), limit).mean((1, 2))
+    def losses(optimizer, thetas):  # (thetas, seeds)
+        result = curves(build, data, optimizer, thetas, keys, config.horizon)
+        return np.asarray(clip_loss(result.losses, build(data).loss_limit)).mean(2)
 
-    adam = mean(BASELINES["adam"], rates((1e-3, 3e-3, 1e-2)))
+    theirs = losses(optimizer, [state.average, untrained])
+    adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
     return {
-        "untrained": float(mean(optimizer, [theta])[0]),
-        f"Adam {(1e-3, 3e-3, 1e-2)[int(adam.argmin())]:g}": float(adam.min()),
+        "fresh_loss": round(float(theirs[0].mean()), 4),
+        "fresh_loss_std": round(float(theirs[0].std(ddof=1)), 4),
+        "untrained_loss": round(float(theirs[1].mean()), 4),
+        "adam_loss": round(float(adam.min()), 4),
+        "adam_learning_rate": learning_rates[int(adam.argmin())],
     }
 
 
@@ -433,6 +453,11 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     if not 0 <= config.average < 1:
         raise UserError("--average must be in [0, 1)")
+    for name in ("seed", "weight_decay", "start_horizon", "warmup"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if config.start_horizon > config.horizon:
+        raise UserError("--start-horizon must not be above --horizon")
     for name in ("horizon", "start_horizon"):
         if getattr(config, name) % config.truncation:
             raise UserError(
@@ -484,7 +509,7 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
     key = jax.random.key(config.seed)
     inner_steps = 2 * config.particles * config.truncation
     pending, elapsed = [], log.seconds
-    last, done_here, first = time.perf_counter(), 0, int(state.step)
+    last, first = time.perf_counter(), int(state.step)
 
     def flush():
         nonlocal pending, last, elapsed
@@ -507,6 +532,10 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
         )
         pending = []
 
+    def card():
+        loss = np.mean([row[1] for row in log.rows[-100:]])
+        return make_card(config, about, int(state.step), elapsed, loss)
+
     def save():
         if pending:
             flush()
@@ -522,7 +551,6 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
             pending.append(
                 [step + 1, *(metrics[k] for k in ("loss", "grad_norm", "grad_noise"))]
             )
-            done_here += 1
             if (step + 1) % config.log_every == 0:
                 flush()
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
@@ -531,14 +559,18 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
         save()
         print(f"interrupted; go on with --resume (saved at {int(state.step)})")
         return 130
-    plot(folder, config, log, reference_lines(config, data), about)
+    fresh = fresh_runs(config, data, state)
+    save_theta(folder, card() | fresh, state)
+    plot(folder, config, log, fresh, about)
+    print(
+        f"mean training loss over {config.horizon} inner steps, 3 fresh seeds: "
+        f"theta {fresh['fresh_loss']:.4f} +- {fresh['fresh_loss_std']:.4f}, "
+        f"untrained {fresh['untrained_loss']:.4f}, "
+        f"Adam {fresh['adam_learning_rate']:g} {fresh['adam_loss']:.4f}"
+    )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("train.py", main))

@@ -1,0 +1,462 @@
+"""The command lines: learning, resuming, moving, and what bad input gets."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval as evaluation
+import inner
+import star
+import store
+import tasks
+import train
+from baselines import BASELINES, best_rate, rates
+
+HERE = pathlib.Path(__file__).resolve().parent
+TINY = (
+    "--task quadratic --steps 12 --horizon 20 --truncation 5 --particles 2 "
+    "--checkpoint-every 4 --log-every 2"
+).split()
+
+
+def command(*argv, program=train):
+    """Exit code of a command line, run in this process."""
+    name = program.__name__
+    try:
+        return store.run_command(name, program.main, [str(a) for a in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def theta_bytes(folder):
+    arrays = store.read_npz(folder / "theta.npz")
+    return {k: v.tobytes() for k, v in arrays.items() if k != "card"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert command(*TINY, "--out", folder) == 0
+    return folder
+
+
+def test_a_run_leaves_its_files(finished):
+    """config, log with a row per meta-step, theta with its card, checkpoint, curve."""
+    names = {path.name for path in finished.iterdir()}
+    expected = {"config.json", "log.csv", "theta.npz", "theta.json", "checkpoint.npz"}
+    assert names == expected | {"curve.png"}
+    with open(finished / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert all(float(row["meta_loss"]) > 0 for row in rows)
+    card = json.loads((finished / "theta.json").read_text())
+    assert card == store.read_card(finished / "theta.npz")
+    assert card["meta_steps"] == 12 and card["inner_steps"] == 12 * 2 * 2 * 5
+    assert card["fresh_loss"] > 0 and card["recipe"]["horizon"] == 20
+    theta, constants = star.load_theta(finished / "theta.npz")
+    assert constants == star.CONSTANTS[card["optimizer"]]
+    assert (finished / "theta.npz").stat().st_size < 32_000
+
+
+def test_kill_9_and_resume_give_the_same_bytes(finished, tmp_path):
+    """A run killed without warning and resumed ends with the theta of the whole run."""
+    argv = [sys.executable, "train.py", *TINY, "--out", str(tmp_path)]
+    # one step's work at a time, so that the kill lands between checkpoints
+    code = (
+        "import sys, time, train; compiled = train.compile_meta_step\n"
+        "def slow(*a):\n"
+        "    step = compiled(*a)\n"
+        "    return lambda *b: (time.sleep(0.2), step(*b))[1]\n"
+        "train.compile_meta_step = slow; sys.exit(train.main(sys.argv[1:]))"
+    )
+    argv[1:2] = ["-c", code]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        argv, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("meta-step 6/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    assert int(store.read_npz(tmp_path / "checkpoint.npz")[".step"]) in (4, 8)
+    assert command(*TINY, "--out", tmp_path, "--resume") == 0
+    assert theta_bytes(tmp_path) == theta_bytes(finished)
+    ours, whole = (
+        [line.split(",")[:4] for line in (d / "log.csv").read_text().splitlines()]
+        for d in (tmp_path, finished)
+    )
+    assert ours == whole  # all but the seconds
+
+
+def test_interrupt_saves_and_resumes(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C between checkpoints: saved where it stood, exit code 130, resumable."""
+    compile_meta_step = train.compile_meta_step
+
+    def interrupted(config, data, state):
+        step = compile_meta_step(config, data, state)
+
+        def run(data, key, state):
+            if int(state.step) == 7:
+                raise KeyboardInterrupt
+            return step(data, key, state)
+
+        return run
+
+    monkeypatch.setattr(train, "compile_meta_step", interrupted)
+    assert command(*TINY, "--out", tmp_path) == 130
+    assert "saved at 7" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert command(*TINY, "--out", tmp_path, "--resume") == 0
+    assert theta_bytes(tmp_path) == theta_bytes(finished)
+
+
+def test_init_goes_on_with_the_meta_optimizer(finished, tmp_path):
+    """--init moves theta, Adam's moments and the step count by one small file."""
+    longer = [*TINY, "--steps", "14"]
+    init = ["--init", finished / "theta.npz"]
+    assert command(*longer, "--out", tmp_path / "a", *init) == 0
+    with open(tmp_path / "a" / "log.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [13, 14]
+    fresh = ["--fresh-meta", "--steps", "2"]
+    assert command(*TINY, *fresh, "--out", tmp_path / "b", *init) == 0
+    with open(tmp_path / "b" / "log.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def files(finished, tmp_path_factory):
+    """Broken and foreign files."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "text.npz").write_text("hello")
+    whole = (finished / "theta.npz").read_bytes()
+    (folder / "truncated.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(folder / "foreign.npz", x=np.zeros(3))
+    blackbox = star.PRESETS["blackbox"].init_theta(jax.random.key(0))
+    card = {"constants": star.CONSTANTS["blackbox"]._asdict()}
+    star.save_theta(folder / "blackbox.npz", blackbox, card)
+    (folder / "file").write_text("a file where a folder should be")
+    for name in ("checkpoint-text", "checkpoint-foreign", "checkpoint-truncated"):
+        (folder / name).mkdir()
+    (folder / "checkpoint-text/checkpoint.npz").write_text("hello")
+    np.savez(folder / "checkpoint-foreign/checkpoint.npz", x=np.zeros(3))
+    whole = (finished / "checkpoint.npz").read_bytes()
+    (folder / "checkpoint-truncated/checkpoint.npz").write_bytes(whole[:2000])
+    return folder
+
+
+BAD_TRAIN = [
+    ("--task", "imagenet"),
+    ("--optimizer", "lion"),
+    ("--unknown-flag", "1"),
+    ("--steps", "many"),
+    ("--steps", "0"),
+    ("--particles", "-1"),
+    ("--truncation", "30", "--horizon", "2000"),
+    ("--truncation", "0"),
+    ("--start-horizon", "7"),
+    ("--sigma", "0"),
+    ("--sigma", "nan"),
+    ("--meta-lr", "-1"),
+    ("--average", "1"),
+    ("--warmup", "12"),
+    ("--seed", "-1"),
+    ("--init", "{files}/absent.npz"),
+    ("--init", "{files}/text.npz"),
+    ("--init", "{files}/truncated.npz"),
+    ("--init", "{files}/foreign.npz"),
+    ("--init", "{files}/blackbox.npz"),
+    ("--init", "{finished}/theta.npz"),
+    ("--init", "{finished}/theta.npz", "--resume"),
+    ("--resume", "--out", "{files}/nothing-here"),
+    ("--resume", "--out", "{files}/checkpoint-text"),
+    ("--resume", "--out", "{files}/checkpoint-foreign"),
+    ("--resume", "--out", "{files}/checkpoint-truncated"),
+    ("--resume", "--out", "{finished}", "--sigma", "0.5"),
+    ("--resume", "--out", "{finished}", "--particles", "3"),
+    ("--out", "{finished}"),
+    ("--out", "{files}/file"),
+    ("--task", "fmnist", "--data", "real", "--data-dir", "{files}/absent"),
+]
+BAD_EVAL = [
+    ("--task", "imagenet"),
+    ("--baselines", "adam,lion"),
+    ("--theta", "{files}/absent.npz"),
+    ("--theta", "{files}/text.npz"),
+    ("--theta", "{files}/foreign.npz"),
+    ("--steps", "0"),
+    ("--seeds", "0"),
+    ("--figure", "99"),
+    ("--out", "{files}/file"),
+]
+
+
+@pytest.mark.parametrize(
+    "program, argv",
+    [(train, a) for a in BAD_TRAIN] + [(evaluation, a) for a in BAD_EVAL],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else x.__name__,
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    program, argv, finished, files, tmp_path, capsys
+):
+    """No traceback, and what was already written stays as it was."""
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    argv = [a.format(files=files, finished=finished) for a in argv]
+    base = TINY if program is train else ["--task", "quadratic"]
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "run")]
+    assert command(*base, *argv, program=program) == 2
+    error = capsys.readouterr().err.strip()
+    message = error.splitlines()[-1]
+    assert message and "Traceback" not in error
+    # argparse prints its usage above its one line; ours is alone
+    assert "error:" in message or error == message
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_meta_training_learns():
+    """On the noisy quadratic, 150 meta-steps of PES lower the loss of fresh runs well
+    below that of the untrained theta."""
+    argv = "--task quadratic --steps 150 --horizon 50 --truncation 10 --particles 16"
+    config = train.parse([*argv.split(), "--meta-lr", "0.01", "--optimizer", "star"])
+    state = train.init_state(config, {}, jax.random.key(0))
+    step = train.compile_meta_step(config, {}, state)
+    untrained = jax.tree.map(jnp.copy, state.theta)
+    for _ in range(config.steps):
+        state, _ = step({}, jax.random.key(1), state)
+    keys = jax.random.split(jax.random.key(2), 32)
+    optimizer, _ = train.learned_optimizer(config)
+    result = inner.curves(
+        tasks.quadratic, {}, optimizer, [untrained, state.theta], keys, 50
+    )
+    before, after = np.minimum(np.nan_to_num(result.losses, nan=1e3), 1e3).mean((1, 2))
+    assert after < 0.7 * before
+
+
+def test_a_diverging_optimizer_does_not_stop_the_run(tmp_path):
+    """beta3 = 1e3 blows every particle up; losses stay at the limit, theta finite."""
+    assert command(*TINY, "--beta3", "1e3", "--out", tmp_path) == 0
+    theta, _ = star.load_theta(tmp_path / "theta.npz")
+    assert all(np.isfinite(x).all() for x in theta.values())
+    with open(tmp_path / "log.csv", newline="") as file:
+        losses = [float(row["meta_loss"]) for row in csv.DictReader(file)]
+    assert max(losses) <= tasks.quadratic({}).loss_limit
+
+
+def test_paper_preset_has_the_papers_settings():
+    """Appendix B: K 50, sigma .01, AdamW 1e-4, clip 1.0, T 2000, batch 128, betas 1e-3."""
+    config = train.parse(["--preset", "paper"])
+    settings = (
+        config.truncation,
+        config.sigma,
+        config.meta_lr,
+        config.clip,
+        config.horizon,
+    )
+    assert settings == (50, 0.01, 1e-4, 1.0, 2000) and config.estimator == "pes"
+    _, constants = train.learned_optimizer(config)
+    assert constants[:4] == (1e-3,) * 4 and tasks.BATCH_SIZE == 128
+    rate = train.parse(["--preset", "paper", "--weight-decay", "0.1"]).weight_decay
+    assert rate == 0.1  # a flag beats the preset
+
+
+@given(weight_decay=st.floats(0.1, 1), seed=st.integers(0, 1000))
+def test_weight_decay_bounds_theta(weight_decay, seed):
+    """AdamW cannot carry |theta| far beyond 1/wd, whatever the gradients: section 5.1's
+    magnitude control. Adam's step exceeds its rate by at most (1-b1)/sqrt(1-b2) = 3.2."""
+    config = train.parse(["--schedule", "constant", "--meta-lr", "0.1"])
+    config = train.dataclasses.replace(config, weight_decay=weight_decay)
+    optimizer = train.meta_optimizer(config)
+
+    def step(carry, key):
+        theta, state = carry
+        scale = 10 ** jax.random.uniform(key, minval=-3, maxval=3)
+        updates, state = optimizer.update(-scale * jnp.ones(3), state, theta)
+        return (optax.apply_updates(theta, updates), state), theta
+
+    theta = jnp.zeros(3)
+    keys = jax.random.split(jax.random.key(seed), 1000)
+    _, path = jax.lax.scan(step, (theta, optimizer.init(theta)), keys)
+    assert np.abs(path).max() < 3.2 / weight_decay
+
+
+def test_meta_step_compiles_once_with_a_curriculum():
+    """The horizon grows as a traced number: windows_at reaches T and nothing retraces."""
+    config = train.parse([*TINY, "--start-horizon", "5", "--curriculum", "0.5"])
+    windows = [int(train.windows_at(config, jnp.int32(t))) for t in range(12)]
+    assert windows[0] == 1 and windows[-1] == 4 and windows == sorted(windows)
+    state = train.init_state(config, {}, jax.random.key(0))
+    step = jax.jit(lambda s: train.meta_step(config, {}, jax.random.key(0), s)[0])
+    for _ in range(3):
+        state = step(state)
+    assert step._cache_size() == 1
+
+
+# Tasks and inner training.
+
+
+def test_fmnist_has_the_papers_network(use_stand_in):
+    """784-128-128-10: 118,282 parameters; the small task 8x8-32-10: 2,410."""
+    for name, count in (("fmnist", 118_282), ("fmnist_small", 2_410)):
+        data, _ = tasks.TASKS[name].load()
+        params = tasks.TASKS[name].build(data).init(jax.random.key(0))
+        assert sum(p.size for p in jax.tree.leaves(params)) == count
+
+
+def test_split_is_80_10_of_the_training_images(stand_in, small_task):
+    """Train 80 %, valid 10 %, no picture in both, test untouched."""
+    _, data = small_task
+    n = len(stand_in.train_labels)
+    assert len(data["train"].labels) == 0.8 * n and len(data["valid"].labels) == 0.1 * n
+    assert len(data["test"].labels) == len(stand_in.test_labels)
+    full = tasks.split_images(stand_in)
+    train_set, valid_set = (
+        {x.tobytes() for x in np.asarray(full[split].images)}
+        for split in ("train", "valid")
+    )
+    assert not train_set & valid_set
+
+
+def test_batches_depend_on_the_key_alone(small_task):
+    """Same key, same batch; pictures are uint8 / 255 with their own labels."""
+    build, data = small_task
+    task = build(data)
+    (x, y), (x2, y2) = (task.batch(jax.random.key(3), "train") for _ in range(2))
+    np.testing.assert_array_equal(x, x2)
+    np.testing.assert_array_equal(y, y2)
+    other, _ = task.batch(jax.random.key(4), "train")
+    assert (x != other).any()
+    pairs = {
+        (a.tobytes(), int(b))
+        for a, b in zip(
+            np.asarray(data["train"].images),
+            np.asarray(data["train"].labels),
+            strict=True,
+        )
+    }
+    back = np.round(np.asarray(x) * 255).astype(np.uint8)
+    assert all((a.tobytes(), int(b)) in pairs for a, b in zip(back, y, strict=True))
+
+
+def test_initial_loss_is_near_chance(small_task):
+    """A fresh network knows nothing: the loss is about ln 10, and so is the test loss."""
+    build, data = small_task
+    task = build(data)
+    params = task.init(jax.random.key(0))
+    loss = task.loss(params, jax.random.key(1), task.batch(jax.random.key(2), "train"))
+    assert float(loss) == pytest.approx(np.log(10), abs=0.35)
+    test = task.evaluate(params)
+    logits = tasks.mlp_apply(params, data["test"].images / 255.0)
+    right = (logits.argmax(1) == data["test"].labels).mean()
+    assert float(test["test_accuracy"]) == pytest.approx(float(right), abs=1e-6)
+
+
+def test_curves_equal_a_plain_loop(small_task):
+    """curves() is optax's own loop, for each learning rate and seed, in any chunks."""
+    build, data = small_task
+    task = build(data)
+    keys = jax.random.split(jax.random.key(5), 2)
+    result = inner.curves(
+        build, data, BASELINES["adam"], rates([1e-3, 1e-2]), keys, 5, chunk=3
+    )
+    assert result.losses.shape == (2, 2, 5)
+    init_key, run_key = jax.random.split(keys[1])
+    params = task.init(init_key)
+    adam = optax.adam(1e-2, eps_root=1e-8)
+    state = adam.init(params)
+    for t in range(5):
+        batch_key, loss_key = jax.random.split(jax.random.fold_in(run_key, t))
+        batch = task.batch(batch_key, "train")
+        loss, grads = jax.value_and_grad(task.loss)(params, loss_key, batch)
+        np.testing.assert_allclose(result.losses[1, 1, t], loss, rtol=1e-4)
+        updates, state = adam.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+
+# Evaluation.
+
+
+def test_eval_writes_its_comparison(use_stand_in, finished, tmp_path, capsys):
+    """Curves, table, JSON and picture; the stand-in is named in every one of them."""
+    argv = "--task fmnist_small --steps 40 --seeds 2 --baselines adam --search-steps 20"
+    files = ["--theta", finished / "theta.npz", "--out", tmp_path]
+    assert command(*argv.split(), *files, program=evaluation) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results.json", "table.csv", "curves.csv", "curves.png"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stand_in"] and "stand-in" in results["dataset"]
+    assert "stand-in" in capsys.readouterr().out
+    with open(tmp_path / "curves.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 41 and len(rows[0]) == 1 + 2 * 2
+    losses = np.array(rows[1:], float)[:, 1:3]
+    assert results["rows"][0]["mean_loss"] == pytest.approx(losses.mean(), rel=1e-3)
+
+
+def test_divergence_is_counted_not_averaged():
+    """nan and inf, or an end above the start, count as diverged; the mean is of the rest."""
+    losses = np.ones((4, 400)) * np.linspace(2, 1, 400)
+    losses[1, 200] = np.nan
+    losses[2] = losses[2, ::-1]
+    losses[3, 399] = np.inf
+    entry = evaluation.Entry(
+        "x", inner.Curves(losses, {"acc": np.arange(4.0)}, 1.0), None, None
+    )
+    row = evaluation.row(entry)
+    assert row["diverged"] == "3/4" and row["acc"] == 0.0
+    assert row["mean_loss"] == pytest.approx(1.5)
+
+
+def test_best_rate_takes_nan_as_the_worst():
+    """The search prefers any finite loss to nan."""
+    losses = np.ones((3, 1, 5))
+    losses[0], losses[1, 0, 2] = 2.0, np.nan
+    assert best_rate(losses) == 2
+
+
+def test_ema_is_the_bias_corrected_running_mean():
+    """ema of a constant is the constant; of a step it forgets at the stated rate."""
+    np.testing.assert_allclose(store.ema(np.ones(50), 0.98), 1)
+    late = store.ema([0.0] * 200 + [1.0] * 35, 0.98)[-1]
+    assert late == pytest.approx(1 - 0.98**35, abs=0.02)
+
+
+def test_write_is_whole_or_not_at_all(tmp_path):
+    """An error while writing leaves the earlier file as it was."""
+    path = tmp_path / "x"
+    store.write_atomically(path, lambda f: f.write(b"first"))
+
+    def broken(file):
+        file.write(b"sec")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        store.write_atomically(path, broken)
+    assert path.read_bytes() == b"first"
+
+
+def test_beta3_figure_is_drawn(use_stand_in, tmp_path):
+    """eval.py --figure betas --quick: numbers that fall with beta3, and a picture."""
+    start = time.perf_counter()
+    argv = ["--figure", "betas", "--quick", "--out", tmp_path]
+    assert command(*argv, program=evaluation) == 0
+    assert time.perf_counter() - start < 120
+    result = json.loads((tmp_path / "betas.json").read_text())
+    mean = np.array(result["mean_loss"])  # (beta3, theta seeds)
+    assert mean[0].mean() > mean[-1].mean()
+    assert (tmp_path / "betas.png").stat().st_size > 10_000
