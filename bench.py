@@ -14,7 +14,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 
 import estimators
 import star
@@ -149,24 +148,24 @@ def main(argv=None) -> int:
     speed = throughput(build, data, args.particles, args.truncation, rounds)
     memory = peak_memory()
     print(
-        f"{'':>14} {'inner steps/s':>14} {'of gradient':>12} {'of Adam':>8} {'compile s':>10}"
+        f"{'':>14} {'inner steps/s':>14} {'of floor':>9} {'of Adam':>8} {'compile s':>10}"
     )
     for name, row in speed.items():
         print(
             f"{name:>14} {row['inner_steps_per_second']:14.0f} "
-            f"{row['of_gradient_only']:12.2f} {row['of_adam']:8.2f} "
+            f"{row['of_gradient_only']:9.2f} {row['of_adam']:8.2f} "
             f"{row['compile_seconds']:10.1f}"
         )
     print("peak memory: " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()))
     print(
-        f"\n{'one update, us':>18} {'adam':>9} {'blackbox':>9} {'star':>9} {'star/adam':>10}"
+        f"\n{'one update, us':>18} {'adam':>9} {'blackbox':>9} {'star':>9} {'ratio':>7}"
     )
     updates = {}
     for shape in shapes:
         row = update_times(shape, rounds)
         updates["x".join(map(str, shape))] = row
         cells = " ".join(f"{row[name]:9.1f}" for name in ("adam", "blackbox", "star"))
-        print(f"{str(shape):>18} {cells} {row['star'] / row['adam']:10.1f}")
+        print(f"{str(shape):>18} {cells} {row['star'] / row['adam']:7.1f}")
     results = {
         "device": device.device_kind,
         "jax": jax.__version__,

@@ -376,7 +376,7 @@ def effective_decays(theta: Theta, c: Constants) -> Decays:
 
 
 def factored_axes(shape) -> tuple[int, ...]:
-    """(second largest, largest) axis, of equal ones the later is larger; () below rank 2."""
+    """(second largest, largest) axis, of equals the later is larger; () below rank 2."""
     return tuple(
         int(i) for i in np.argsort(shape, kind="stable")[-2:] if len(shape) > 1
     )

@@ -170,6 +170,7 @@ BAD_TRAIN = [
     ("--truncation", "30", "--horizon", "2000"),
     ("--truncation", "0"),
     ("--start-horizon", "7"),
+    ("--start-horizon", "0"),
     ("--sigma", "0"),
     ("--sigma", "nan"),
     ("--meta-lr", "-1"),
@@ -296,15 +297,19 @@ def test_weight_decay_bounds_theta(weight_decay, seed):
 
 
 def test_meta_step_compiles_once_with_a_curriculum():
-    """The horizon grows as a traced number: windows_at reaches T and nothing retraces."""
-    config = train.parse([*TINY, "--start-horizon", "5", "--curriculum", "0.5"])
+    """T doubles as a traced number up to --horizon, nothing retraces, and at each
+    doubling the particles are spread evenly over the longer trajectory."""
+    config = train.parse([*TINY, "--start-horizon", "0.25", "--curriculum", "0.5"])
     windows = [int(train.windows_at(config, jnp.int32(t))) for t in range(12)]
-    assert windows[0] == 1 and windows[-1] == 4 and windows == sorted(windows)
+    assert windows == [1] * 3 + [2] * 3 + [4] * 6
     state = train.init_state(config, {}, jax.random.key(0))
     step = jax.jit(lambda s: train.meta_step(config, {}, jax.random.key(0), s)[0])
-    for _ in range(3):
+    done = []
+    for _ in range(7):
         state = step(state)
+        done.append(state.particles.window.tolist())
     assert step._cache_size() == 1
+    assert done[3] == [1, 2] and done[6] == [1, 3]  # from 0, 1 of 2 and from 0, 2 of 4
 
 
 # Tasks and inner training.
@@ -409,7 +414,7 @@ def test_eval_writes_its_comparison(use_stand_in, finished, tmp_path, capsys):
 
 
 def test_divergence_is_counted_not_averaged():
-    """nan and inf, or an end above the start, count as diverged; the mean is of the rest."""
+    """nan, inf, or an end above the start count as diverged; the mean is of the rest."""
     losses = np.ones((4, 400)) * np.linspace(2, 1, 400)
     losses[1, 200] = np.nan
     losses[2] = losses[2, ::-1]
