@@ -109,7 +109,7 @@ PRESETS = {
         warmup=0,
     ),
     # Lower variance than PES here, so further at equal inner steps; see the README.
-    "noise_reuse": dict(estimator="noise_reuse", start_horizon=1.0),
+    "noise_reuse": dict(estimator="noise_reuse"),
 }
 # What a resumed run may change; all else is its recipe.
 NOT_RECIPE = (
