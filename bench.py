@@ -37,7 +37,8 @@ def window(optimizer, build, data, pairs: int, length: int):
 
     def make(data):
         task = build(data)
-        problem = estimators.unroll(*inner_training(task, optimizer), length, 3.45)
+        training = inner_training(task, optimizer)
+        problem = estimators.unroll(*training, length, task.loss_limit)
         pair = estimators.pes(problem, windows=40, sigma=1e-4, batch=batching())
         return estimators.population(pair, pairs, batching())
 

@@ -148,9 +148,9 @@ def _antithetic(
         )
 
     def init(key, theta, phase=0.0):
-        window = jnp.asarray(phase * windows).astype(jnp.int32)
-        # A phase rounded up must not skip the end of the trajectory.
-        return start(key, theta)._replace(window=jnp.minimum(window, windows - 1))
+        # i/N * windows may round to just below a whole number in float32.
+        window = jnp.floor(phase * windows + 1e-3).astype(jnp.int32)
+        return start(key, theta)._replace(window=window)
 
     def estimate(key, theta, state):
         fresh_key, xi_key, run_key = jax.random.split(key, 3)

@@ -67,6 +67,7 @@ def test_a_run_leaves_its_files(finished):
     assert card == store.read_card(finished / "theta.npz")
     assert card["meta_steps"] == 12 and card["inner_steps"] == 12 * 2 * 2 * 5
     assert card["fresh_loss"] > 0 and card["recipe"]["horizon"] == 20
+    assert train.parse(card["command"].split()[2:]) == train.parse(TINY[:-4])
     theta, constants = star.load_theta(finished / "theta.npz")
     assert constants == star.CONSTANTS[card["optimizer"]]
     assert (finished / "theta.npz").stat().st_size < 32_000

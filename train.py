@@ -328,6 +328,16 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def command_line(config: Config) -> str:
+    """The command that repeats this recipe: every flag that is not at its default."""
+    words = ["python train.py"]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if field.name not in NOT_RECIPE and value != field.default:
+            words.append(f"--{field.name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
 def make_card(
     config: Config, about: dict, step: int, seconds: float, loss: float
 ) -> dict:
@@ -344,6 +354,7 @@ def make_card(
         "meta_loss": round(float(loss), 4),
         "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
         "seed": config.seed,
+        "command": command_line(config),
         "machine": f"{device.platform} ({device.device_kind}, {os.cpu_count()} cores)",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "recipe": dataclasses.asdict(config),
