@@ -140,6 +140,7 @@ def plot(path, entries: list[Entry], task: str, about: dict) -> None:
     """Inner training curves: EMA 0.98, mean over seeds, band from lowest to highest."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     steps = entries[0].curves.losses.shape[1]
@@ -166,6 +167,9 @@ def plot(path, entries: list[Entry], task: str, about: dict) -> None:
         xscale="log" if steps > 5000 else "linear",
         yscale="log",
     )
+    plain = ticker.StrMethodFormatter("{x:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

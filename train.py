@@ -372,6 +372,12 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(steps, [row[1] for row in log.rows], color="C0", alpha=0.25, lw=0.7)
     axes.plot(steps, log.smoothed(), color="C0", label="meta-loss (EMA 0.95)")
+    horizons = np.asarray(windows_at(config, np.asarray(steps))) * config.truncation
+    for before, after, step in zip(horizons, horizons[1:], steps, strict=False):
+        if after != before:
+            axes.axvline(step, color="k", ls=":", lw=0.7)
+            axes.annotate(f" T {after}", (step, 1), xycoords=("data", "axes fraction"),
+                          va="top", fontsize=7)  # fmt: skip
     lines = {
         "untrained": fresh["untrained_loss"],
         f"Adam {fresh['adam_learning_rate']:g}": fresh["adam_loss"],
@@ -383,7 +389,7 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
         )
     axes.set(
         xlabel="meta-steps",
-        ylabel=f"mean training loss over {config.horizon} inner steps (nats)",
+        ylabel="mean training loss over a trajectory (nats)",
         title=f"{config.optimizer}, {config.estimator}, {config.task}\n{about['dataset']}",
     )
     axes.set_ylim(
