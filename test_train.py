@@ -236,7 +236,7 @@ def test_meta_training_learns():
     below that of the untrained theta."""
     argv = "--task quadratic --steps 150 --horizon 50 --truncation 10 --particles 16"
     config = train.parse([*argv.split(), "--meta-lr", "0.01", "--optimizer", "star"])
-    state = train.init_state(config, {}, jax.random.key(0))
+    state = train.init_state(config, {})
     step = train.compile_meta_step(config, {}, state)
     untrained = jax.tree.map(jnp.copy, state.theta)
     for _ in range(config.steps):
@@ -303,7 +303,7 @@ def test_meta_step_compiles_once_with_a_curriculum():
     config = train.parse([*TINY, "--start-horizon", "0.25", "--curriculum", "0.5"])
     windows = [int(train.windows_at(config, jnp.int32(t))) for t in range(12)]
     assert windows == [1] * 3 + [2] * 3 + [4] * 6
-    state = train.init_state(config, {}, jax.random.key(0))
+    state = train.init_state(config, {})
     step = jax.jit(lambda s: train.meta_step(config, {}, jax.random.key(0), s)[0])
     done = []
     for _ in range(7):

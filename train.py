@@ -175,8 +175,8 @@ def build_estimator(config: Config, data, step=0) -> estimators.Estimator:
     return estimators.population(pair, config.particles, batching())
 
 
-def init_state(config: Config, data, key) -> TrainState:
-    theta_key, particle_key = jax.random.split(key)
+def init_state(config: Config, data) -> TrainState:
+    theta_key, particle_key = jax.random.split(jax.random.key(config.seed))
     theta = learned_optimizer(config)[0].init_theta(theta_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -380,6 +380,7 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
                           va="top", fontsize=7)  # fmt: skip
     lines = {
         "untrained": fresh["untrained_loss"],
+        "nominal term alone": fresh["nominal_loss"],
         f"Adam {fresh['adam_learning_rate']:g}": fresh["adam_loss"],
         "theta on fresh seeds": fresh["fresh_loss"],
     }
@@ -401,14 +402,15 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
 
 
 def fresh_runs(config: Config, data, state: TrainState) -> dict:
-    """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta,
-    of an untrained one, and of Adam at the best of three half orders of magnitude.
+    """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta, of
+    the untrained one, of the untrained nominal term alone (beta3 = 0), and of Adam at the
+    best of three half orders of magnitude.
 
     Losses are clipped as the meta-loss is. Returns what the card gains.
     """
     build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
-    optimizer, _ = learned_optimizer(config)
-    untrained = optimizer.init_theta(jax.random.key(config.seed))
+    optimizer, constants = learned_optimizer(config)
+    untrained = init_state(config, data).theta
     learning_rates = (1e-3, 3e-3, 1e-2)
 
     def losses(optimizer, thetas):  # (thetas, seeds)
@@ -416,11 +418,13 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
         return np.asarray(clip_loss(result.losses, build(data).loss_limit)).mean(2)
 
     theirs = losses(optimizer, [state.average, untrained])
+    nominal = losses(star.learned_optimizer(constants._replace(beta3=0.0)), [untrained])
     adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
     return {
         "fresh_loss": round(float(theirs[0].mean()), 4),
         "fresh_loss_std": round(float(theirs[0].std(ddof=1)), 4),
         "untrained_loss": round(float(theirs[1].mean()), 4),
+        "nominal_loss": round(float(nominal.mean()), 4),
         "adam_loss": round(float(adam.min()), 4),
         "adam_learning_rate": learning_rates[int(adam.argmin())],
     }
@@ -502,7 +506,7 @@ def main(argv=None) -> int:
     if about["stand_in"]:
         print("STAND-IN DATA: results say nothing about the real task", flush=True)
 
-    state = init_state(config, data, jax.random.key(config.seed))
+    state = init_state(config, data)
     if config.init:
         state = start_from(config.init, config, state)
     if config.resume:
@@ -587,7 +591,8 @@ def loop(config, folder, about, data, state, log, step_fn) -> int:
     print(
         f"mean training loss over {config.horizon} inner steps, 3 fresh seeds: "
         f"theta {fresh['fresh_loss']:.4f} +- {fresh['fresh_loss_std']:.4f}, "
-        f"untrained {fresh['untrained_loss']:.4f}, "
+        f"untrained {fresh['untrained_loss']:.4f} "
+        f"(its nominal term alone {fresh['nominal_loss']:.4f}), "
         f"Adam {fresh['adam_learning_rate']:g} {fresh['adam_loss']:.4f}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
