@@ -19,7 +19,7 @@ import estimators
 import star
 from baselines import BASELINES
 from inner import batching, compiler_options, inner_training
-from store import run_command, write_atomically
+from store import UserError, run_command, write_atomically
 from tasks import TASKS
 
 OPTIMIZERS = {
@@ -136,6 +136,8 @@ def main(argv=None) -> int:
     parser.add_argument("--out", default="runs/bench", help="folder for bench.json")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     args = parser.parse_args(argv)
+    if args.particles < 1 or args.truncation < 1:
+        raise UserError("--particles and --truncation must be at least 1")
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     data, about = TASKS[args.task].load(args.data, args.data_dir)

@@ -74,7 +74,7 @@ def pes(problem: Unroll, windows: int, sigma: float, batch=jax.vmap) -> Estimato
         E over windows of  sum(xi) (L(theta+xi) - L(theta-xi)) / (2 sigma^2)
     with L the mean loss of the window. Variance grows with the number of windows.
     """
-    return _antithetic(problem, windows, sigma, batch, fresh_xi=True, carry_credit=True)
+    return _antithetic(problem, windows, sigma, batch, "sum")
 
 
 def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
@@ -83,9 +83,7 @@ def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator
     Unbiased like PES; its variance does not grow with the windows where the windows'
     gradients agree, and is larger than that of PES where they do not.
     """
-    return _antithetic(
-        problem, windows, sigma, batch, fresh_xi=False, carry_credit=False
-    )
+    return _antithetic(problem, windows, sigma, batch, "one")
 
 
 def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
@@ -95,9 +93,7 @@ def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
     the carry before. With windows = 1 it is ES over the whole trajectory, unbiased, and
     then equal to PES.
     """
-    return _antithetic(
-        problem, windows, sigma, batch, fresh_xi=True, carry_credit=False, rejoin=True
-    )
+    return _antithetic(problem, windows, sigma, batch, "none")
 
 
 def population(estimator: Estimator, particles: int, batch=jax.vmap) -> Estimator:
@@ -134,9 +130,9 @@ def sequential(f: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda xs: f(*xs), args)
 
 
-def _antithetic(
-    problem, windows, sigma, batch, fresh_xi, carry_credit, rejoin=False
-) -> Estimator:
+def _antithetic(problem, windows, sigma, batch, memory: str) -> Estimator:
+    """memory of earlier perturbations: their "sum", the "one" there is, or "none"."""
+
     def start(key, theta):
         carry_key, xi_key = jax.random.split(key)
         carry = jax.tree.map(lambda x: jnp.stack([x, x]), problem.fresh(carry_key))
@@ -158,19 +154,19 @@ def _antithetic(
         state = jax.lax.cond(
             state.window >= windows, lambda: start(fresh_key, theta), lambda: state
         )
-        xi = _normal_like(xi_key, theta, sigma) if fresh_xi else state.xi
+        xi = _normal_like(xi_key, theta, sigma) if memory != "one" else state.xi
         credit = jax.tree.map(jnp.add, state.xi_sum, xi)
         pair = jax.tree.map(lambda th, x: jnp.stack([th + x, th - x]), theta, xi)
         run_keys = jnp.stack([run_key, run_key])  # common random numbers, on purpose
         carry, losses = batch(problem.run)(pair, state.carry, run_keys)  # losses (2, K)
         loss_pos, loss_neg = losses.mean(1)
         grad = perturbed_difference(loss_pos, loss_neg, credit, sigma)
-        if rejoin:
+        if memory == "none":
             carry = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), carry)
         state = ParticleState(
             carry=carry,
             xi=xi,
-            xi_sum=credit if carry_credit else state.xi_sum,
+            xi_sum=credit if memory == "sum" else state.xi_sum,
             window=state.window + 1,
         )
         return grad, state, {"loss": losses.mean()}

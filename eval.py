@@ -20,12 +20,12 @@ import numpy as np
 import figures
 import star
 from baselines import BASELINES, LEARNING_RATES, best_rate, rates
-from inner import Curves, curves
-from store import UserError, ema, read_card, run_command, write_atomically
+from inner import Curves, curves, ema
+from store import UserError, load_theta, read_card, run_command, write_atomically
 from tasks import TASKS
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
-EVALUATION_SEED, SEARCH_SEED = 20_000, 30_000  # apart from every --seed of train.py
+EVALUATION_SEED, SEARCH_SEED = 20_000, 30_000  # apart from the usual --seed
 
 
 class Entry(NamedTuple):
@@ -42,7 +42,9 @@ def best_theta(task: str, folder=WEIGHTS) -> pathlib.Path:
     cards = {path: read_card(path) for path in sorted(folder.glob("*.npz"))}
     for wanted in (task, "fmnist"):
         fits = {
-            p: card["fresh_loss"] for p, card in cards.items() if card["task"] == wanted
+            path: card["fresh_loss"]
+            for path, card in cards.items()
+            if card.get("task") == wanted and "fresh_loss" in card
         }
         if fits:
             return min(fits, key=fits.get)
@@ -50,15 +52,16 @@ def best_theta(task: str, folder=WEIGHTS) -> pathlib.Path:
 
 
 def evaluate_theta(path, build, data, keys, steps: int) -> Entry:
-    try:
-        theta, constants = star.load_theta(path)
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    """Runs with the theta in the file, named by its preset, folder and file."""
+    theta, constants = load_theta(path)
     optimizer = star.learned_optimizer(constants)
     result = curves(build, data, optimizer, [theta], keys, steps)
-    recipe = read_card(path).get("recipe", {})
-    name = f"{read_card(path).get('optimizer', 'STAR')} ({pathlib.Path(path).stem})"
-    return Entry(name, _first(result), None, recipe.get("horizon"))
+    card, path = read_card(path), pathlib.Path(path)
+    stem = path.resolve().parent.name if path.stem == "theta" else path.stem
+    horizon = card.get("recipe", {}).get("horizon")
+    return Entry(
+        f"{card.get('optimizer', 'STAR')} ({stem})", _first(result), None, horizon
+    )
 
 
 def evaluate_baseline(name, build, data, keys, steps: int, search_steps: int) -> Entry:
@@ -82,7 +85,7 @@ def diverged(losses: np.ndarray) -> np.ndarray:
     return ~np.isfinite(losses).all(1) | ~(end <= start)
 
 
-def row(entry: Entry) -> dict:
+def row(entry: Entry, dataset: str = "") -> dict:
     """One line of the table; means over the seeds that did not diverge, said beside."""
     losses = entry.curves.losses
     lost = diverged(losses)
@@ -103,6 +106,7 @@ def row(entry: Entry) -> dict:
     }
     return {
         "name": entry.name,
+        "dataset": dataset,
         "mean_loss": mean,
         "mean_loss_std": spread,
         "last_200": last,
@@ -114,7 +118,7 @@ def row(entry: Entry) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    names = [k for k in rows[0] if not k.endswith("_std")]
+    names = [k for k in rows[0] if not k.endswith("_std") and k != "dataset"]
     width = max(len(r["name"]) for r in rows)
     heads = {"seconds_per_1000_steps": "s/1000 steps"}
     print(
@@ -176,6 +180,7 @@ def plot(path, entries: list[Entry], task: str, about: dict) -> None:
 
 
 def write_results(folder, args, about, entries, rows) -> None:
+    """results.json, table.csv and curves.csv, each naming the data."""
     steps = entries[0].curves.losses.shape[1]
     results = {"arguments": args, **about, "rows": rows}
     text = json.dumps(results, indent=1) + "\n"
@@ -258,7 +263,7 @@ def main(argv=None) -> int:
         print(f"{entries[-1].name}: done", flush=True)
     if not entries:
         raise UserError("nothing to evaluate")
-    rows = [row(entry) for entry in entries]
+    rows = [row(entry, about["dataset"]) for entry in entries]
     write_results(folder, vars(args), about, entries, rows)
     plot(folder / "curves.png", entries, args.task, about)
     print(

@@ -70,6 +70,13 @@ def _betas(quick: bool, source, data_dir):
 FIGURES = {"betas": (_betas, plot_betas)}
 
 
+def _finite(values):
+    """Nested lists, with None for nan and inf, which JSON does not have."""
+    if np.ndim(values):
+        return [_finite(v) for v in values]
+    return float(values) if np.isfinite(values) else None
+
+
 def draw(name: str, folder, quick: bool, source: str, data_dir) -> int:
     """Compute, print, save and plot one figure."""
     matplotlib.use("Agg")
@@ -77,7 +84,7 @@ def draw(name: str, folder, quick: bool, source: str, data_dir) -> int:
 
     compute, plot = FIGURES[name]
     result, title, about = compute(quick, source, data_dir)
-    summary = {k: np.asarray(v).tolist() for k, v in result.items() if k != "curves"}
+    summary = {k: _finite(v) for k, v in result.items() if k != "curves"}
     text = (
         json.dumps({"title": title, "quick": quick, **about, **summary}, indent=1)
         + "\n"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from estimators import sequential
+
 
 class Carry(NamedTuple):
     params: Any
@@ -48,6 +50,16 @@ def inner_training(task, optimizer) -> tuple[Callable, Callable]:
     return fresh, step
 
 
+def ema(values, decay: float) -> np.ndarray:
+    """Running mean of a curve along its last axis, bias-corrected, as in the figures."""
+    values = np.asarray(values, np.float64)
+    out, mean = np.empty_like(values), 0.0
+    for t in range(values.shape[-1]):
+        mean = decay * mean + (1 - decay) * values[..., t]
+        out[..., t] = mean / (1 - decay ** (t + 1))
+    return out
+
+
 def compiler_options() -> dict:
     """For `jax.jit`: on a CPU, vectors as wide as AVX-512 has them (ignored elsewhere).
 
@@ -59,8 +71,6 @@ def compiler_options() -> dict:
 
 def batching() -> Callable:
     """vmap for an accelerator; one run after the other on a CPU, which keeps its caches."""
-    from estimators import sequential
-
     return sequential if jax.default_backend() == "cpu" else jax.vmap
 
 

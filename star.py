@@ -146,10 +146,11 @@ def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  
 
     def init_theta(key):
         """Weights truncated normal over sqrt(fan in), all else zero."""
-        theta = {name: jnp.zeros(shape) for name, shape in theta_shapes(c).items()}
+        float32 = jnp.float32
+        theta = {k: jnp.zeros(shape, float32) for k, shape in theta_shapes(c).items()}
         for name, k in zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True):
             fan_in, _ = shape = theta[name].shape
-            normal = jax.random.truncated_normal(k, -2, 2, shape)
+            normal = jax.random.truncated_normal(k, -2, 2, shape, float32)
             theta[name] = normal / math.sqrt(fan_in)
         return theta
 
@@ -188,19 +189,17 @@ def init(params) -> State:
     def zeros(shape_of):
         return jax.tree.map(lambda p: jnp.zeros(shape_of(p), jnp.float32), params)
 
-    def row_shape(p):
-        return (3, *np.delete(p.shape, factored_axes(p.shape)[1:]))
+    def row_shape(p):  # without the largest axis
+        return (3, *np.delete(np.shape(p), factored_axes(np.shape(p))[1:]))
 
-    def col_shape(p):
-        return (
-            (3, *np.delete(p.shape, factored_axes(p.shape)[:1]))
-            if p.ndim > 1
-            else (3, 1)
-        )
+    def col_shape(p):  # without the second largest
+        axes = factored_axes(np.shape(p))
+        return (3, *np.delete(np.shape(p), axes[0])) if axes else (3, 1)
 
     for p in jax.tree.leaves(params):
-        if not jnp.issubdtype(p.dtype, jnp.floating):
-            raise TypeError(f"STAR updates real floating-point arrays, not {p.dtype}")
+        dtype = jnp.result_type(p)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"STAR updates real floating-point arrays, not {dtype}")
     return State(
         count=jnp.zeros((), jnp.int32),
         momentum=tuple(zeros(jnp.shape) for _ in range(3)),
@@ -212,7 +211,7 @@ def init(params) -> State:
 
 def update_tensor(theta, c, time_hidden, decays, grad, param, statistics):
     """One tensor: (the update (*P) in the parameter's dtype, its new Statistics)."""
-    g, p = grad.astype(jnp.float32), param.astype(jnp.float32)
+    g, p = (jnp.asarray(x).astype(jnp.float32) for x in (grad, param))
     s = accumulate(g, decays, statistics, c)
     inverse_v = rsqrt(s.rms + c.rms_eps)  # (*P)
     hidden = first_layer(theta["w0"], time_hidden, g, p, s, inverse_v, c)
@@ -223,7 +222,7 @@ def update_tensor(theta, c, time_hidden, decays, grad, param, statistics):
     if c.nominal != "none":  # equation 21
         descent = NOMINAL[c.nominal](g, s.momentum, inverse_v)
         step += c.beta1 * jnp.exp(c.beta2 * nominal_magnitude[0]) * descent
-    return (-step).astype(param.dtype), s
+    return (-step).astype(jnp.result_type(param)), s
 
 
 def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
@@ -469,6 +468,10 @@ def load_theta(path) -> tuple[Theta, Constants]:
         saved = json.loads(str(arrays.pop("card", "{}"))).get("constants", {})
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         constants = Constants(**tuples)
+        learned_optimizer(constants)
+        for name in set(Constants._fields) - {"nominal", "preconditioner"}:
+            if not np.isfinite(np.asarray(getattr(constants, name), float)).all():
+                raise ValueError(f"constant {name} is not finite")
         theta = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
         check_theta(theta, constants)
     except OSError:

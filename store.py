@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import star
 from data import DataError
 
 
@@ -53,6 +54,7 @@ def unflatten(template, arrays, where: str):
 
 
 def read_npz(path) -> dict[str, np.ndarray]:
+    """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -64,13 +66,28 @@ def read_npz(path) -> dict[str, np.ndarray]:
 
 
 def write_atomically(path: pathlib.Path, write) -> None:
-    """write(file) to a temporary file beside path, flushed to the disk, then renamed."""
+    """write(file) to a temporary file beside path, flushed to the disk, then renamed.
+
+    Raises OSError, which names the file, and then leaves what was there before.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def load_theta(path):
+    """star.load_theta; UserError for whatever is wrong with the file."""
+    try:
+        return star.load_theta(path)
+    except (OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def read_card(path) -> dict:
@@ -80,13 +97,3 @@ def read_card(path) -> dict:
     except ValueError:
         raise UserError(f"{path} has a card that is not JSON") from None
     return card if isinstance(card, dict) else {}
-
-
-def ema(values, decay: float) -> np.ndarray:
-    """Running mean of a curve along its last axis, bias-corrected, as in the figures."""
-    values = np.asarray(values, np.float64)
-    out, mean = np.empty_like(values), 0.0
-    for t in range(values.shape[-1]):
-        mean = decay * mean + (1 - decay) * values[..., t]
-        out[..., t] = mean / (1 - decay ** (t + 1))
-    return out

@@ -34,7 +34,6 @@ class Task(NamedTuple):
 class TaskSpec(NamedTuple):
     load: Callable  # (source, data_dir) -> (data, about): pytree of arrays, dict for cards
     build: Callable  # data -> Task
-    batch_size: int
 
 
 class Split(NamedTuple):
@@ -111,7 +110,7 @@ def mlp_apply(params, images):
     return x
 
 
-def classifier(splits: dict[str, Split], init, apply, batch_size=BATCH_SIZE) -> Task:
+def classifier(splits: dict[str, Split], init, apply) -> Task:
     """Image classification with the network (init: key -> params, apply -> logits)."""
 
     def loss(params, key, batch):
@@ -134,7 +133,7 @@ def classifier(splits: dict[str, Split], init, apply, batch_size=BATCH_SIZE) -> 
 
     return Task(
         init=init,
-        batch=lambda key, split: sample(key, splits[split], batch_size),
+        batch=lambda key, split: sample(key, splits[split], BATCH_SIZE),
         loss=loss,
         evaluate=evaluate,
         loss_limit=1.5 * math.log(CLASSES),
@@ -190,12 +189,10 @@ TASKS: dict[str, TaskSpec] = {
     "fmnist": TaskSpec(
         load=_load_fashion_mnist(),
         build=lambda data: mlp_classifier(data, (128, 128)),
-        batch_size=BATCH_SIZE,
     ),
     "fmnist_small": TaskSpec(
         load=_load_fashion_mnist(pool_to_8x8),
         build=lambda data: mlp_classifier(data, (32,)),
-        batch_size=BATCH_SIZE,
     ),
-    "quadratic": TaskSpec(load=_load_nothing, build=quadratic, batch_size=1),
+    "quadratic": TaskSpec(load=_load_nothing, build=quadratic),
 }

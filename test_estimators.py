@@ -96,6 +96,29 @@ def test_truncated_es_is_biased_by_the_predicted_amount(seed, theta):
         assert_mean(samples, 2.0)
 
 
+def test_truncated_es_starts_both_runs_from_the_same_carry():
+    """Within a window the runs of a pair part; the next one rejoins them."""
+    pair = estimators.truncated_es(line(3), 4, SIGMA)
+    theta = jnp.float32(1.0)
+    _, state, _ = pair.estimate(
+        jax.random.key(0), theta, pair.init(jax.random.key(1), theta)
+    )
+    assert state.carry[0] == state.carry[1]
+    np.testing.assert_allclose(state.carry[0], 3 * (theta + state.xi), rtol=1e-6)
+
+
+def test_noise_reuse_keeps_one_perturbation_a_trajectory():
+    """xi stays through all windows of a trajectory, and is drawn anew for the next."""
+    pair = estimators.noise_reuse_es(line(2), 3, SIGMA)
+    theta = jnp.float32(1.0)
+    state = pair.init(jax.random.key(0), theta)
+    xi = [state.xi]
+    for t in range(6):
+        _, state, _ = pair.estimate(jax.random.key(t + 1), theta, state)
+        xi.append(state.xi)
+    assert xi[0] == xi[1] == xi[2] == xi[3] != xi[4] == xi[5] == xi[6]
+
+
 @given(seed=seeds, theta=st.floats(0.5, 1.125, width=32))
 def test_pes_estimates_the_smoothed_gradient(seed, theta):
     """On s' = theta s, two windows of 2: the gradient of the loss smoothed over one
@@ -116,9 +139,18 @@ def test_pes_estimates_the_smoothed_gradient(seed, theta):
 
 
 @given(seed=seeds, theta=st.floats(0.5, 1.125, width=32))
+def test_noise_reuse_estimates_the_smoothed_gradient(seed, theta):
+    """On s' = theta s, two windows of 2: the loss smoothed over ONE perturbation for the
+    whole trajectory; E (theta + sigma x)^k in closed form."""
+    t, v = theta, SIGMA**2
+    moments = [1, 2 * t, 3 * t**2 + 3 * v, 4 * t**3 + 12 * t * v]  # their derivatives
+    grads = trajectory(estimators.noise_reuse_es, growth, 2, 2, theta, seed)
+    assert_mean(grads.mean(0), sum(moments) / 4)
+
+
+@given(seed=seeds, theta=st.floats(0.5, 1.125, width=32))
 def test_one_window_makes_all_estimators_es(seed, theta):
-    """K = T: PES, truncated ES and noise reuse differ in nothing but their noise, and
-    PES and truncated ES not even in that."""
+    """K = T: PES and truncated ES are the same numbers, ES over the whole trajectory."""
     a, b = (
         trajectory(make, growth, 4, 1, theta, seed, steps=3, pairs=8)
         for make in (estimators.pes, estimators.truncated_es)

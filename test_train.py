@@ -106,15 +106,15 @@ def test_kill_9_and_resume_give_the_same_bytes(finished, tmp_path):
 
 
 def test_interrupt_saves_and_resumes(finished, tmp_path, monkeypatch, capsys):
-    """Ctrl-C between checkpoints: saved where it stood, exit code 130, resumable."""
+    """Ctrl-C in the middle of a step: that step is finished and saved, exit code 130."""
     compile_meta_step = train.compile_meta_step
 
     def interrupted(config, data, state):
         step = compile_meta_step(config, data, state)
 
         def run(data, key, state):
-            if int(state.step) == 7:
-                raise KeyboardInterrupt
+            if int(state.step) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
             return step(data, key, state)
 
         return run
@@ -127,17 +127,60 @@ def test_interrupt_saves_and_resumes(finished, tmp_path, monkeypatch, capsys):
     assert theta_bytes(tmp_path) == theta_bytes(finished)
 
 
-def test_init_goes_on_with_the_meta_optimizer(finished, tmp_path):
-    """--init moves theta, Adam's moments and the step count by one small file."""
-    longer = [*TINY, "--steps", "14"]
+@pytest.mark.parametrize("cut", ["1", "10,0.5,", "10,0.5,0.1\n", "\n", "x,1,1,1,1\n"])
+def test_a_torn_log_is_mended(cut, finished, tmp_path):
+    """A last row that a dying machine cut short is dropped, the whole ones stay."""
+    whole = (finished / "log.csv").read_text().splitlines(keepends=True)
+    path = tmp_path / "log.csv"
+    path.write_text("".join(whole[:10]) + cut)
+    assert [row[0] for row in train.Log(path, keep=12).rows] == list(range(1, 10))
+    assert path.read_text() == "".join(whole[:10])
+
+
+def test_init_goes_on_with_the_meta_optimizer(finished, tmp_path, capsys):
+    """--init moves theta, Adam's moments and the step count by one small file, and the
+    particles are staggered over the horizon of that step."""
+    longer = ["--steps", "14", "--start-horizon", "0.25"]
+    config = train.parse([*TINY, *longer, "--init", str(finished / "theta.npz")])
+    state = train.start_from(config, {}, train.init_state(config, {}))
+    saved = store.read_npz(finished / "checkpoint.npz")
+    ours = store.flatten(state)
+    for name in ours:
+        if name.startswith((".theta", ".meta", ".step")):
+            np.testing.assert_array_equal(ours[name], saved[name])
+    assert state.particles.window.tolist() == [0, 2]  # of four windows
+
     init = ["--init", finished / "theta.npz"]
-    assert command(*longer, "--out", tmp_path / "a", *init) == 0
+    assert command(*TINY, *longer, "--out", tmp_path / "a", *init) == 0
     with open(tmp_path / "a" / "log.csv", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [13, 14]
+    assert "--init" in store.read_card(tmp_path / "a" / "theta.npz")["command"]
     fresh = ["--fresh-meta", "--steps", "2"]
     assert command(*TINY, *fresh, "--out", tmp_path / "b", *init) == 0
     with open(tmp_path / "b" / "log.csv", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2]
+
+
+def test_killed_before_its_first_checkpoint(finished, tmp_path, monkeypatch):
+    """A run that dies in its first step has a checkpoint of step 0 to resume from."""
+
+    def dies(*_):
+        raise SystemExit(9)
+
+    compile_meta_step = train.compile_meta_step
+    monkeypatch.setattr(train, "compile_meta_step", lambda *a: dies)
+    assert command(*TINY, "--out", tmp_path) == 9
+    monkeypatch.setattr(train, "compile_meta_step", compile_meta_step)
+    assert command(*TINY, "--out", tmp_path, "--resume") == 0
+    assert theta_bytes(tmp_path) == theta_bytes(finished)
+
+
+def test_resume_refuses_other_data(finished, tmp_path):
+    """The checkpoint knows the checksum of its data."""
+    config = train.parse(TINY)
+    about = {"dataset": "other", "dataset_checksum": "f00"}
+    with pytest.raises(store.UserError, match="other data"):
+        train.load_checkpoint(finished, config, about, None)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +194,8 @@ def files(finished, tmp_path_factory):
     blackbox = star.PRESETS["blackbox"].init_theta(jax.random.key(0))
     card = {"constants": star.CONSTANTS["blackbox"]._asdict()}
     star.save_theta(folder / "blackbox.npz", blackbox, card)
+    lion = {"constants": {"nominal": "lion"}}
+    star.save_theta(folder / "lion.npz", blackbox, lion)
     (folder / "file").write_text("a file where a folder should be")
     for name in ("checkpoint-text", "checkpoint-foreign", "checkpoint-truncated"):
         (folder / name).mkdir()
@@ -178,6 +223,7 @@ BAD_TRAIN = [
     ("--average", "1"),
     ("--warmup", "12"),
     ("--seed", "-1"),
+    ("--seed", "9999999999999999999"),
     ("--init", "{files}/absent.npz"),
     ("--init", "{files}/text.npz"),
     ("--init", "{files}/truncated.npz"),
@@ -201,6 +247,7 @@ BAD_EVAL = [
     ("--theta", "{files}/absent.npz"),
     ("--theta", "{files}/text.npz"),
     ("--theta", "{files}/foreign.npz"),
+    ("--theta", "{files}/lion.npz"),
     ("--steps", "0"),
     ("--seeds", "0"),
     ("--figure", "99"),
@@ -242,7 +289,7 @@ def test_meta_training_learns():
     for _ in range(config.steps):
         state, _ = step({}, jax.random.key(1), state)
     keys = jax.random.split(jax.random.key(2), 32)
-    optimizer, _ = train.learned_optimizer(config)
+    optimizer, _ = train.optimizer_of(config)
     result = inner.curves(
         tasks.quadratic, {}, optimizer, [untrained, state.theta], keys, 50
     )
@@ -271,10 +318,32 @@ def test_paper_preset_has_the_papers_settings():
         config.horizon,
     )
     assert settings == (50, 0.01, 1e-4, 1.0, 2000) and config.estimator == "pes"
-    _, constants = train.learned_optimizer(config)
+    _, constants = train.optimizer_of(config)
     assert constants[:4] == (1e-3,) * 4 and tasks.BATCH_SIZE == 128
     rate = train.parse(["--preset", "paper", "--weight-decay", "0.1"]).weight_decay
     assert rate == 0.1  # a flag beats the preset
+
+
+@pytest.mark.parametrize("clip_by", ["value", "norm"])
+def test_meta_optimizer_is_clipped_adamw(clip_by):
+    """Clip, then optax.adamw at the cosine rate, by value or by global norm."""
+    flags = ["--clip-by", clip_by, "--clip", "0.5", "--weight-decay", "0.3"]
+    optimizer = train.meta_optimizer(train.parse([*flags, "--steps", "4"]))
+    theta, grad = jnp.asarray([1.0, -2.0]), jnp.asarray([3.0, 0.4])
+    state = optimizer.init(theta)
+    rate = optax.cosine_decay_schedule(3e-3, 4)
+    plain = optax.adamw(rate, weight_decay=0.3)
+    plain_state, clipped = plain.init(theta), jnp.asarray([0.5, 0.4])
+    if clip_by == "norm":
+        clipped = grad * 0.5 / jnp.linalg.norm(grad)
+    for scale in (1.0, -0.1, 1.0):
+        update, state = optimizer.update(grad * scale, state, theta)
+        if scale == 1.0 or clip_by == "value":
+            this = jnp.clip(grad * scale, -0.5, 0.5) if clip_by == "value" else clipped
+        else:
+            this = grad * scale
+        expected, plain_state = plain.update(this, plain_state, theta)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
 
 
 @given(weight_decay=st.floats(0.1, 1), seed=st.integers(0, 1000))
@@ -368,8 +437,31 @@ def test_initial_loss_is_near_chance(small_task):
     assert float(loss) == pytest.approx(np.log(10), abs=0.35)
     test = task.evaluate(params)
     logits = tasks.mlp_apply(params, data["test"].images / 255.0)
+    expected = optax.softmax_cross_entropy_with_integer_labels(
+        logits, data["test"].labels.astype(jnp.int32)
+    ).mean()
+    assert float(test["test_loss"]) == pytest.approx(float(expected), rel=1e-5)
     right = (logits.argmax(1) == data["test"].labels).mean()
     assert float(test["test_accuracy"]) == pytest.approx(float(right), abs=1e-6)
+
+
+def test_quadratic_is_equation_4():
+    """The loss is (phi - xi)' H (phi - xi) / 2: its mean, its gradient's mean H phi."""
+    task = tasks.quadratic({})
+    phi = jnp.asarray([0.7, -1.3])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def sample(key):
+        xi = task.batch(key, "train")
+        return jax.value_and_grad(task.loss)(phi, key, xi)
+
+    losses, grads = jax.vmap(sample)(keys)
+    h = np.array([[1.11, 0.596], [0.596, 0.486]])  # A.30
+    exact = 0.5 * (phi @ h @ phi + np.trace(h))
+    for samples, mean in [(losses, exact), *zip(grads.T, h @ phi, strict=True)]:
+        error = samples.std() / np.sqrt(len(samples))
+        assert abs(samples.mean() - mean) < 6 * error
+    assert float(task.evaluate(phi)["test_loss"]) == pytest.approx(float(exact))
 
 
 def test_curves_equal_a_plain_loop(small_task):
@@ -398,7 +490,7 @@ def test_curves_equal_a_plain_loop(small_task):
 
 
 def test_eval_writes_its_comparison(use_stand_in, finished, tmp_path, capsys):
-    """Curves, table, JSON and picture; the stand-in is named in every one of them."""
+    """Curves, table, JSON and picture; log, table and JSON name the stand-in."""
     argv = "--task fmnist_small --steps 40 --seeds 2 --baselines adam --search-steps 20"
     files = ["--theta", finished / "theta.npz", "--out", tmp_path]
     assert command(*argv.split(), *files, program=evaluation) == 0
@@ -406,6 +498,7 @@ def test_eval_writes_its_comparison(use_stand_in, finished, tmp_path, capsys):
     assert names == {"results.json", "table.csv", "curves.csv", "curves.png"}
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["stand_in"] and "stand-in" in results["dataset"]
+    assert "stand-in" in (tmp_path / "table.csv").read_text()
     assert "stand-in" in capsys.readouterr().out
     with open(tmp_path / "curves.csv", newline="") as file:
         rows = list(csv.reader(file))
@@ -437,8 +530,8 @@ def test_best_rate_takes_nan_as_the_worst():
 
 def test_ema_is_the_bias_corrected_running_mean():
     """ema of a constant is the constant; of a step it forgets at the stated rate."""
-    np.testing.assert_allclose(store.ema(np.ones(50), 0.98), 1)
-    late = store.ema([0.0] * 200 + [1.0] * 35, 0.98)[-1]
+    np.testing.assert_allclose(inner.ema(np.ones(50), 0.98), 1)
+    late = inner.ema([0.0] * 200 + [1.0] * 35, 0.98)[-1]
     assert late == pytest.approx(1 - 0.98**35, abs=0.02)
 
 

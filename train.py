@@ -6,6 +6,7 @@ theta.npz with its card theta.json, curve.png.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -13,8 +14,10 @@ import math
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +29,12 @@ import estimators
 import star
 from baselines import BASELINES, rates
 from estimators import clip_loss
-from inner import batching, compiler_options, curves, inner_training
+from inner import batching, compiler_options, curves, ema, inner_training
 from store import (
     UserError,
-    ema,
     flatten,
+    load_theta,
+    read_card,
     read_npz,
     run_command,
     unflatten,
@@ -40,7 +44,7 @@ from tasks import TASKS
 
 ESTIMATORS = {
     "pes": estimators.pes,
-    "es": estimators.truncated_es,
+    "truncated_es": estimators.truncated_es,
     "noise_reuse": estimators.noise_reuse_es,
 }
 
@@ -76,9 +80,6 @@ class Config:
     clip_by: str = arg("value", "what the limit applies to", choices=("value", "norm"))
     start_horizon: float = arg(0.1, "T at the start, as a share of --horizon")
     curriculum: float = arg(0.5, "share of the meta-steps over which T grows")
-    average: float = arg(
-        0.0, "decay of the running mean of theta that is saved; 0: none"
-    )
     seed: int = arg(0, "of everything random")
     data: str = arg(
         "auto",
@@ -100,38 +101,27 @@ PRESETS = {
     "default": {},
     "paper": dict(
         optimizer="star",
-        sigma=0.01,
         meta_lr=1e-4,
         schedule="constant",
         weight_decay=0.5,
-        average=0.0,
         start_horizon=1.0,
-        warmup=0,
     ),
     # Lower variance than PES here, so further at equal inner steps; see the README.
     "noise_reuse": dict(estimator="noise_reuse"),
 }
 # What a resumed run may change; all else is its recipe.
-NOT_RECIPE = (
-    "data_dir",
-    "out",
-    "resume",
-    "checkpoint_every",
-    "log_every",
-    "init",
-    "fresh_meta",
-)
+NOT_RECIPE = ("data_dir", "out", "resume", "checkpoint_every", "log_every")
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # () int32, meta-steps done
     theta: star.Theta
-    average: star.Theta  # running mean of theta; theta itself with average = 0
     meta: Any  # state of the meta-optimizer
     particles: Any  # state of the estimator
 
 
-def learned_optimizer(config: Config) -> tuple[star.LearnedOptimizer, star.Constants]:
+def optimizer_of(config: Config) -> tuple[star.LearnedOptimizer, star.Constants]:
+    """What is meta-trained, and its constants with --beta3 in them."""
     constants = star.CONSTANTS[config.optimizer]
     if config.beta3 is not None:
         constants = constants._replace(beta3=config.beta3)
@@ -139,6 +129,7 @@ def learned_optimizer(config: Config) -> tuple[star.LearnedOptimizer, star.Const
 
 
 def meta_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping, then AdamW: its weight decay is a multiplier of its rate (B.2)."""
     clip = {"value": optax.clip, "norm": optax.clip_by_global_norm}[config.clip_by]
     peak, warmup = config.meta_lr, config.warmup
     rate = {
@@ -166,7 +157,7 @@ def windows_at(config: Config, step):
 def build_estimator(config: Config, data, step=0) -> estimators.Estimator:
     """Task x optimizer -> unroll -> one pair -> N pairs; data and step may be traced."""
     task = TASKS[config.task].build(data)
-    optimizer, _ = learned_optimizer(config)
+    optimizer, _ = optimizer_of(config)
     fresh, inner_step = inner_training(task, optimizer)
     problem = estimators.unroll(fresh, inner_step, config.truncation, task.loss_limit)
     pair = ESTIMATORS[config.estimator](
@@ -175,43 +166,39 @@ def build_estimator(config: Config, data, step=0) -> estimators.Estimator:
     return estimators.population(pair, config.particles, batching())
 
 
+def run_keys(config: Config) -> jax.Array:
+    """(3,) keys: for the first theta, the first particles, and the meta-steps."""
+    return jax.random.split(jax.random.key(config.seed), 3)
+
+
 def init_state(config: Config, data) -> TrainState:
-    theta_key, particle_key = jax.random.split(jax.random.key(config.seed))
-    theta = learned_optimizer(config)[0].init_theta(theta_key)
+    """The state before the first meta-step, with a theta drawn from the seed."""
+    theta_key, particle_key, _ = run_keys(config)
+    theta = optimizer_of(config)[0].init_theta(theta_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         theta=theta,
-        average=jax.tree.map(jnp.copy, theta),
         meta=meta_optimizer(config).init(theta),
         particles=build_estimator(config, data).init(particle_key, theta),
     )
 
 
 def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState, dict]:
-    """One step of meta-training. key: of the run; the step's own is folded in from it."""
-    key = jax.random.fold_in(key, state.step)
+    """One step of meta-training. key: the run's, for all meta-steps; the step's own is
+    folded in from it. Returns the next state and a dict of scalar metrics."""
+    key, stagger_key = jax.random.split(jax.random.fold_in(key, state.step))
     estimator = build_estimator(config, data, state.step)
     # A longer horizon: stagger the particles anew, or they would stay close together.
     longer = windows_at(config, state.step) != windows_at(config, state.step - 1)
     particles = jax.lax.cond(
         longer & (state.step > 0),
-        lambda: estimator.init(jax.random.fold_in(key, 1), state.theta),
+        lambda: estimator.init(stagger_key, state.theta),
         lambda: state.particles,
     )
     grad, particles, metrics = estimator.estimate(key, state.theta, particles)
     updates, meta = meta_optimizer(config).update(grad, state.meta, state.theta)
     theta = optax.apply_updates(state.theta, updates)
-    # A young mean forgets faster, so that it does not remember the start.
-    decay = jnp.minimum(config.average, (1 + state.step) / (10 + state.step))
-    new = TrainState(
-        step=state.step + 1,
-        theta=theta,
-        average=jax.tree.map(
-            lambda a, t: decay * a + (1 - decay) * t, state.average, theta
-        ),
-        meta=meta,
-        particles=particles,
-    )
+    new = TrainState(step=state.step + 1, theta=theta, meta=meta, particles=particles)
     return new, metrics | {"grad_norm": optax.tree.norm(grad)}
 
 
@@ -228,84 +215,109 @@ def compile_meta_step(config: Config, data, state: TrainState):
 # The files of a run.
 
 
-def save_checkpoint(folder, config: Config, state: TrainState) -> None:
-    arrays = flatten(state) | {
-        "config": np.array(json.dumps(dataclasses.asdict(config)))
-    }
+def save_checkpoint(folder, config: Config, about: dict, state: TrainState) -> None:
+    """checkpoint.npz: the whole state, the recipe and the checksum of the data."""
+    made_with = dataclasses.asdict(config) | {"checksum": about["dataset_checksum"]}
+    arrays = flatten(state) | {"made_with": np.array(json.dumps(made_with))}
     write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **arrays))
 
 
-def load_checkpoint(folder, config: Config, template: TrainState) -> TrainState:
-    """UserError where the file is no checkpoint of this recipe; names what differs."""
+def load_checkpoint(folder, config: Config, about: dict, template: TrainState):
+    """(config, state): the config gains where the run came from (--init).
+
+    UserError where the file is no checkpoint of this recipe; names what differs.
+    """
     path = folder / "checkpoint.npz"
     arrays = read_npz(path)
     try:
-        saved = dict(json.loads(str(arrays.pop("config"))))
+        saved = dict(json.loads(str(arrays.pop("made_with"))))
+        origin = {name: saved[name] for name in ("init", "fresh_meta")}
     except (KeyError, ValueError, TypeError):
         raise UserError(f"{path} is not a checkpoint of train.py") from None
+    if saved["checksum"] != about["dataset_checksum"]:
+        raise UserError(f"{path} was made on other data than {about['dataset']}")
     for name, value in dataclasses.asdict(config).items():
-        if name not in NOT_RECIPE and saved.get(name) != value:
+        if name not in (*NOT_RECIPE, *origin) and saved.get(name) != value:
             raise UserError(
                 f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, "
                 f"not {value}; resume with the same recipe"
             )
-    return unflatten(template, arrays, str(path))
+    config = dataclasses.replace(config, **origin)
+    return config, unflatten(template, arrays, str(path))
 
 
 def save_theta(folder, card: dict, state: TrainState) -> None:
-    """theta.npz: the theta to use, and what `--init` needs to go on elsewhere (few KB)."""
-    go_on = {"step": state.step, "theta": state.theta, "meta": state.meta}
+    """theta.npz: theta, its card, and what `--init` needs to go on elsewhere (few KB)."""
+    go_on = {"step": state.step, "meta": state.meta}
     arrays = {f"train/{name}": x for name, x in flatten(go_on).items()}
 
     def write(file):
-        star.save_theta(file, state.average, card, **arrays)
+        star.save_theta(file, state.theta, card, **arrays)
 
     write_atomically(folder / "theta.npz", write)
     text = json.dumps(card, indent=1) + "\n"
     write_atomically(folder / "theta.json", lambda f: f.write(text.encode()))
 
 
-def start_from(path, config: Config, state: TrainState) -> TrainState:
-    """The state with theta and, unless --fresh-meta, the meta-optimizer of a theta.npz."""
-    try:
-        theta, constants = star.load_theta(path)
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+def start_from(config: Config, data, state: TrainState) -> TrainState:
+    """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
+    path = config.init
+    theta, constants = load_theta(path)
     for name, theirs in constants._asdict().items():
-        ours = getattr(learned_optimizer(config)[1], name)
+        ours = getattr(optimizer_of(config)[1], name)
         if theirs != ours:
             raise UserError(f"{path} is for {name} = {theirs}, this run has {ours}")
-    unflatten(state.theta, flatten(theta), str(path))
+    state = state._replace(theta=theta)
     arrays = {
         name.removeprefix("train/"): x
         for name, x in read_npz(path).items()
         if name.startswith("train/")
     }
     if config.fresh_meta or not arrays:
-        return state._replace(theta=theta, average=jax.tree.map(jnp.copy, theta))
-    go_on = {"step": state.step, "theta": state.theta, "meta": state.meta}
+        return state
+    go_on = {"step": state.step, "meta": state.meta}
     go_on = unflatten(go_on, arrays, str(path))
-    if int(go_on["step"]) >= config.steps:
+    step = go_on["step"]
+    if int(step) >= config.steps:
         raise UserError(
-            f"{path} has {int(go_on['step'])} meta-steps behind it and --steps is "
+            f"{path} has {int(step)} meta-steps behind it and --steps is "
             f"{config.steps}: give more, or --fresh-meta to start counting anew"
         )
-    return state._replace(**go_on, average=theta)
+    key = jax.random.fold_in(run_keys(config)[1], step)
+    particles = build_estimator(config, data, step).init(key, theta)
+    return state._replace(**go_on, particles=particles)
 
 
 class Log:
-    """log.csv, one row a meta-step, and the smoothed meta-loss of the progress line."""
+    """log.csv, a row a meta-step, and what the progress line says of it.
+
+    path: the file, begun anew. keep: of the rows in it, those of the first `keep` steps
+    stay. seconds: spent before the first row.
+    """
 
     fields = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")
 
-    def __init__(self, path: pathlib.Path, keep_until: int):
+    def __init__(self, path: pathlib.Path, keep: int = 0, seconds: float = 0.0):
         self.path, self.rows = path, []
-        if keep_until and path.exists():
-            with open(path, newline="") as file:
-                rows = [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
-            self.rows = [row for row in rows if row[0] <= keep_until]
+        if keep and path.exists():
+            self.rows = list(self.whole_rows(path.read_text(), keep))
         write_atomically(path, lambda f: f.write(self.text(self.rows, header=True)))
-        self.seconds = self.rows[-1][-1] if self.rows else 0.0
+        self.seconds = self.rows[-1][-1] if self.rows else seconds
+        self.last = time.perf_counter()
+
+    def whole_rows(self, text: str, keep: int):
+        """Rows up to `keep`, ending before one that a dying disk or machine cut short."""
+        step = None
+        for row in csv.reader(text.splitlines(keepends=True)[1:]):
+            try:
+                row = [float(x) for x in row]
+            except ValueError:
+                return
+            complete = len(row) == len(self.fields) and step in (None, row[0] - 1)
+            if not complete or row[0] > keep:
+                return
+            step = row[0]
+            yield row
 
     def text(self, rows, header=False) -> bytes:
         lines = [",".join(self.fields)] if header else []
@@ -314,13 +326,30 @@ class Log:
         ]
         return "".join(line + "\n" for line in lines).encode()
 
-    def add(self, rows) -> None:
+    def add(self, metrics: list) -> float:
+        """Append (step, loss, grad_norm, grad_noise) rows; seconds each of them took.
+
+        Waits for the device, so the time since the last call is theirs.
+        """
+        rows = [[float(x) for x in row] for row in metrics]
+        now = time.perf_counter()
+        each, self.last = (now - self.last) / len(rows), now
+        for row in rows:
+            self.seconds += each
+            row.append(self.seconds)
         self.rows += rows
         with open(self.path, "ab") as file:
             file.write(self.text(rows))
+        return each
 
-    def smoothed(self, decay=0.95) -> np.ndarray:
-        return ema([row[1] for row in self.rows], decay)
+    def smoothed(self) -> float:
+        """EMA 0.95 of the meta-loss; what is 200 steps old no longer counts."""
+        return ema([row[1] for row in self.rows[-200:]], 0.95)[-1]
+
+    def recent(self) -> float | None:
+        """Mean meta-loss of the last 100 meta-steps; None before the first."""
+        recent = [row[1] for row in self.rows[-100:]]
+        return round(float(np.mean(recent)), 4) if recent else None
 
 
 def clock(seconds: float) -> str:
@@ -338,10 +367,9 @@ def command_line(config: Config) -> str:
     return " ".join(words)
 
 
-def make_card(
-    config: Config, about: dict, step: int, seconds: float, loss: float
-) -> dict:
-    _, constants = learned_optimizer(config)
+def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
+    """What theta is and how it was made; all of it can be written as JSON."""
+    _, constants = optimizer_of(config)
     device = jax.devices()[0]
     return {
         "optimizer": config.optimizer,
@@ -350,8 +378,8 @@ def make_card(
         **about,
         "meta_steps": step,
         "inner_steps": step * config.particles * 2 * config.truncation,
-        "minutes": round(seconds / 60, 1),
-        "meta_loss": round(float(loss), 4),
+        "minutes": round(log.seconds / 60, 1),
+        "meta_loss": log.recent(),
         "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
         "seed": config.seed,
         "command": command_line(config),
@@ -370,8 +398,9 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
 
     steps = [row[0] for row in log.rows]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(steps, [row[1] for row in log.rows], color="C0", alpha=0.25, lw=0.7)
-    axes.plot(steps, log.smoothed(), color="C0", label="meta-loss (EMA 0.95)")
+    losses = [row[1] for row in log.rows]
+    axes.plot(steps, losses, color="C0", alpha=0.25, lw=0.7)
+    axes.plot(steps, ema(losses, 0.95), color="C0", label="meta-loss (EMA 0.95)")
     horizons = np.asarray(windows_at(config, np.asarray(steps))) * config.truncation
     for before, after, step in zip(horizons, horizons[1:], steps, strict=False):
         if after != before:
@@ -380,10 +409,11 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
                           va="top", fontsize=7)  # fmt: skip
     lines = {
         "untrained": fresh["untrained_loss"],
-        "nominal term alone": fresh["nominal_loss"],
         f"Adam {fresh['adam_learning_rate']:g}": fresh["adam_loss"],
         "theta on fresh seeds": fresh["fresh_loss"],
     }
+    if "nominal_loss" in fresh:
+        lines["nominal term alone"] = fresh["nominal_loss"]
     for i, (name, value) in enumerate(lines.items()):
         axes.axhline(
             value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}"
@@ -393,9 +423,8 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
         ylabel="mean training loss over a trajectory (nats)",
         title=f"{config.optimizer}, {config.estimator}, {config.task}\n{about['dataset']}",
     )
-    axes.set_ylim(
-        *np.nanpercentile([row[1] for row in log.rows], [0, 97]) * [0.97, 1.05]
-    )
+    low, high = np.percentile([*losses, *lines.values()], [0, 97])
+    axes.set_ylim(0.97 * low, 1.05 * high)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
@@ -403,13 +432,13 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
 
 def fresh_runs(config: Config, data, state: TrainState) -> dict:
     """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta, of
-    the untrained one, of the untrained nominal term alone (beta3 = 0), and of Adam at the
-    best of three half orders of magnitude.
+    an untrained one, of its nominal term alone where it has one (beta3 = 0), and of Adam
+    at the best of three half orders of magnitude.
 
     Losses are clipped as the meta-loss is. Returns what the card gains.
     """
     build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
-    optimizer, constants = learned_optimizer(config)
+    optimizer, constants = optimizer_of(config)
     untrained = init_state(config, data).theta
     learning_rates = (1e-3, 3e-3, 1e-2)
 
@@ -417,14 +446,18 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
         result = curves(build, data, optimizer, thetas, keys, config.horizon)
         return np.asarray(clip_loss(result.losses, build(data).loss_limit)).mean(2)
 
-    theirs = losses(optimizer, [state.average, untrained])
-    nominal = losses(star.learned_optimizer(constants._replace(beta3=0.0)), [untrained])
+    theirs = losses(optimizer, [state.theta, untrained])
+    nominal = {}
+    if constants.nominal != "none":
+        only_nominal = star.learned_optimizer(constants._replace(beta3=0.0))
+        mean = losses(only_nominal, [untrained]).mean()
+        nominal = {"nominal_loss": round(float(mean), 4)}
     adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
     return {
         "fresh_loss": round(float(theirs[0].mean()), 4),
         "fresh_loss_std": round(float(theirs[0].std(ddof=1)), 4),
         "untrained_loss": round(float(theirs[1].mean()), 4),
-        "nominal_loss": round(float(nominal.mean()), 4),
+        **nominal,
         "adam_loss": round(float(adam.min()), 4),
         "adam_learning_rate": learning_rates[int(adam.argmin())],
     }
@@ -448,10 +481,7 @@ def parse(argv=None) -> Config:
         if field.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = {"int": int, "float": float}.get(
-                getattr(field.type, "__name__", ""), str
-            )
-            kind = float if field.name == "beta3" else kind
+            kind, *_ = typing.get_args(field.type) or (field.type,)
             parser.add_argument(
                 name, type=kind, choices=field.metadata.get("choices"), **options
             )
@@ -479,9 +509,9 @@ def check(config: Config) -> None:
     for name in ("sigma", "meta_lr", "clip", "curriculum"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
-    if not 0 <= config.average < 1:
-        raise UserError("--average must be in [0, 1)")
-    for name in ("seed", "weight_decay", "warmup"):
+    if not 0 <= config.seed < 2**32:
+        raise UserError("--seed must be in 0 .. 2^32 - 1")
+    for name in ("weight_decay", "warmup"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if not 0 < config.start_horizon <= 1:
@@ -502,97 +532,119 @@ def main(argv=None) -> int:
     config = parse(argv)
     name = f"{config.task}-{config.optimizer}-seed{config.seed}"
     folder = pathlib.Path(config.out or f"runs/{name}")
+    if not config.resume and (folder / "checkpoint.npz").exists():
+        raise UserError(
+            f"{folder} holds a run already: --resume it, or choose another --out"
+        )
+    if config.init:
+        load_theta(config.init)  # a bad file is refused before data is looked for
     data, about = TASKS[config.task].load(config.data, config.data_dir)
     if about["stand_in"]:
         print("STAND-IN DATA: results say nothing about the real task", flush=True)
 
-    state = init_state(config, data)
+    state, seconds = init_state(config, data), 0.0
     if config.init:
-        state = start_from(config.init, config, state)
+        state = start_from(config, data, state)
+        if int(state.step):
+            seconds = 60 * float(read_card(config.init).get("minutes", 0))
     if config.resume:
-        state = load_checkpoint(folder, config, state)
-    elif (folder / "checkpoint.npz").exists():
-        raise UserError(
-            f"{folder} holds a run already: --resume it, or choose another --out"
-        )
+        config, state = load_checkpoint(folder, config, about, state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
         write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
-        log = Log(folder / "log.csv", keep_until=int(state.step))
+        keep = int(state.step) if config.resume else 0
+        log = Log(folder / "log.csv", keep, seconds)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     print(text, end="")
     begin = time.perf_counter()
     step_fn = compile_meta_step(config, data, state)
-    print(
-        f"compiled in {time.perf_counter() - begin:.1f} s; writing {folder}", flush=True
-    )
-    return loop(config, folder, about, data, state, log, step_fn)
-
-
-def loop(config, folder, about, data, state, log, step_fn) -> int:
-    key = jax.random.key(config.seed)
-    inner_steps = 2 * config.particles * config.truncation
-    pending, elapsed = [], log.seconds
-    last, first = time.perf_counter(), int(state.step)
-
-    def flush():
-        nonlocal pending, last, elapsed
-        pending_rows = [
-            [float(x) for x in row] for row in pending
-        ]  # waits for the device
-        now = time.perf_counter()
-        spent, last = now - last, now
-        for i, row in enumerate(pending_rows):
-            row.append(elapsed + spent * (i + 1) / len(pending_rows))
-        elapsed += spent
-        log.add(pending_rows)
-        rate = inner_steps * len(pending) / spent
-        left = (config.steps - pending_rows[-1][0]) * spent / len(pending)
-        print(
-            f"meta-step {int(pending_rows[-1][0])}/{config.steps}  "
-            f"meta-loss {log.smoothed()[-1]:.4f}  |g| {pending_rows[-1][2]:.3f}  "
-            f"{rate:.0f} inner steps/s  {clock(left)} left",
-            flush=True,
-        )
-        pending = []
-
-    def card():
-        loss = np.mean([row[1] for row in log.rows[-100:]])
-        return make_card(config, about, int(state.step), elapsed, loss)
-
-    def save():
-        if pending:
-            flush()
-        loss = np.mean([row[1] for row in log.rows[-100:]]) if log.rows else np.nan
-        save_checkpoint(folder, config, state)
-        save_theta(
-            folder, make_card(config, about, int(state.step), elapsed, loss), state
-        )
-
-    try:
-        for step in range(first, config.steps):
-            state, metrics = step_fn(data, key, state)
-            pending.append(
-                [step + 1, *(metrics[k] for k in ("loss", "grad_norm", "grad_noise"))]
-            )
-            if (step + 1) % config.log_every == 0:
-                flush()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                save()
-    except KeyboardInterrupt:
-        save()
+    seconds = time.perf_counter() - begin
+    print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
+    state, finished = loop(config, folder, about, data, state, log, step_fn)
+    if not finished:
         print(f"interrupted; go on with --resume (saved at {int(state.step)})")
         return 130
+    return finish(config, folder, about, data, state, log)
+
+
+def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, bool]:
+    """Meta-steps up to --steps, or to an interrupt: (state, whether it is finished)."""
+    _, _, key = run_keys(config)
+    pending = []
+
+    def flush():
+        if pending:
+            seconds = log.add(pending)
+            step, _, grad_norm, *_ = log.rows[-1]
+            rate = 2 * config.particles * config.truncation / seconds
+            left = clock((config.steps - step) * seconds)
+            print(
+                f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "
+                f"|g| {grad_norm:.3f}  {rate:.0f} inner steps/s  {left} left",
+                flush=True,
+            )
+            pending.clear()
+
+    def save():
+        flush()
+        save_checkpoint(folder, config, about, state)
+        save_theta(folder, make_card(config, about, int(state.step), log), state)
+
+    first = int(state.step)
+    if not config.resume:
+        save()  # so that a run killed before its first checkpoint resumes, too
+    log.last = time.perf_counter()
+    with interrupts() as interrupted:
+        for step in range(first, config.steps):
+            state, metrics = step_fn(data, key, state)
+            names = ("loss", "grad_norm", "grad_noise")
+            pending.append([step + 1, *(metrics[name] for name in names)])
+            done = step + 1
+            if done % config.log_every == 0:
+                flush()
+            if (
+                interrupted
+                or done % config.checkpoint_every == 0
+                or done == config.steps
+            ):
+                save()
+            if interrupted:
+                break
+    return state, int(state.step) == config.steps
+
+
+@contextlib.contextmanager
+def interrupts():
+    """A list that Ctrl-C fills, to look at between steps: the state of a step under way
+    is donated, and cannot be saved. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def finish(config, folder, about, data, state, log) -> int:
+    """Compare on fresh seeds; the last card, the figure and the last lines."""
     fresh = fresh_runs(config, data, state)
-    save_theta(folder, card() | fresh, state)
+    card = make_card(config, about, int(state.step), log)
+    save_theta(folder, card | fresh, state)
     plot(folder, config, log, fresh, about)
+    nominal = fresh.get("nominal_loss")
+    alone = f" (its nominal term alone {nominal:.4f})" if nominal is not None else ""
     print(
         f"mean training loss over {config.horizon} inner steps, 3 fresh seeds: "
         f"theta {fresh['fresh_loss']:.4f} +- {fresh['fresh_loss_std']:.4f}, "
-        f"untrained {fresh['untrained_loss']:.4f} "
-        f"(its nominal term alone {fresh['nominal_loss']:.4f}), "
+        f"untrained {fresh['untrained_loss']:.4f}{alone}, "
         f"Adam {fresh['adam_learning_rate']:g} {fresh['adam_loss']:.4f}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
