@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import star
 from star import LearnedOptimizer
 
 # Half orders of magnitude, the paper's grid (appendix B.3), where it can matter here.
@@ -34,6 +35,24 @@ def from_optax(make: Callable) -> LearnedOptimizer:
     return LearnedOptimizer(
         init_theta=lambda key: {"learning_rate": jnp.float32(1e-3)},
         init=lambda params: make(1e-3).init(params),
+        update=update,
+    )
+
+
+def with_beta3(constants: star.Constants) -> LearnedOptimizer:
+    """STAR with theta {"theta": its own, "beta3": ()}: betas compared in one program."""
+
+    def update(theta, grads, state, params):
+        optimizer = star.learned_optimizer(constants._replace(beta3=theta["beta3"]))
+        return optimizer.update(theta["theta"], grads, state, params)
+
+    own = star.learned_optimizer(constants)
+    return LearnedOptimizer(
+        init_theta=lambda key: {
+            "theta": own.init_theta(key),
+            "beta3": jnp.float32(constants.beta3),
+        },
+        init=own.init,
         update=update,
     )
 

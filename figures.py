@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 import star
+from baselines import with_beta3
 from inner import curves
 from store import write_atomically
 from tasks import TASKS
@@ -27,13 +28,14 @@ def compute_betas(build, data, steps: int, theta_seeds: int) -> dict:
     keys = jax.random.split(jax.random.key(0), theta_seeds)
     thetas = [star.PRESETS["star"].init_theta(key) for key in keys]
     run_key = jax.random.split(jax.random.key(1), 1)
-    losses = []
-    for beta3 in BETA3:
-        optimizer = star.learned_optimizer(star.Constants(beta3=beta3))
-        losses.append(
-            curves(build, data, optimizer, thetas, run_key, steps).losses[:, 0]
-        )
-    losses = np.stack(losses)
+    both = [
+        {"theta": theta, "beta3": np.float32(beta3)}
+        for beta3 in BETA3
+        for theta in thetas
+    ]
+    optimizer = with_beta3(star.Constants())
+    losses = curves(build, data, optimizer, both, run_key, steps).losses[:, 0]
+    losses = losses.reshape(len(BETA3), theta_seeds, steps)
     return {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
 
 

@@ -27,7 +27,7 @@ import optax
 
 import estimators
 import star
-from baselines import BASELINES, rates
+from baselines import BASELINES, rates, with_beta3
 from estimators import clip_loss
 from inner import batching, compiler_options, curves, ema, inner_training
 from store import (
@@ -438,7 +438,7 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
     Losses are clipped as the meta-loss is. Returns what the card gains.
     """
     build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
-    optimizer, constants = optimizer_of(config)
+    _, constants = optimizer_of(config)
     untrained = init_state(config, data).theta
     learning_rates = (1e-3, 3e-3, 1e-2)
 
@@ -446,21 +446,26 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
         result = curves(build, data, optimizer, thetas, keys, config.horizon)
         return np.asarray(clip_loss(result.losses, build(data).loss_limit)).mean(2)
 
-    theirs = losses(optimizer, [state.theta, untrained])
-    nominal = {}
-    if constants.nominal != "none":
-        only_nominal = star.learned_optimizer(constants._replace(beta3=0.0))
-        mean = losses(only_nominal, [untrained]).mean()
-        nominal = {"nominal_loss": round(float(mean), 4)}
+    beta3 = np.float32(constants.beta3)
+    ours, start, nominal = losses(
+        with_beta3(constants),
+        [
+            {"theta": state.theta, "beta3": beta3},
+            {"theta": untrained, "beta3": beta3},
+            {"theta": untrained, "beta3": np.float32(0)},
+        ],
+    )
     adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
-    return {
-        "fresh_loss": round(float(theirs[0].mean()), 4),
-        "fresh_loss_std": round(float(theirs[0].std(ddof=1)), 4),
-        "untrained_loss": round(float(theirs[1].mean()), 4),
-        **nominal,
+    fresh = {
+        "fresh_loss": round(float(ours.mean()), 4),
+        "fresh_loss_std": round(float(ours.std(ddof=1)), 4),
+        "untrained_loss": round(float(start.mean()), 4),
         "adam_loss": round(float(adam.min()), 4),
         "adam_learning_rate": learning_rates[int(adam.argmin())],
     }
+    if constants.nominal != "none":
+        fresh["nominal_loss"] = round(float(nominal.mean()), 4)
+    return fresh
 
 
 # The command line.
