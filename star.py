@@ -110,7 +110,7 @@ class Adafactor(NamedTuple):
     momentum_factors: Any  # likewise: features momentum[k] * factor[k]
     grad_mean_squares: list  # M scalars, of those features over the tensor
     momentum_mean_squares: list
-    hidden: jax.Array  # broadcastable to (H, *P): the row and column features
+    hidden: list  # broadcastable to (H, *P), to be summed: row and column features
 
 
 # g(z) of equation 21, from (grad, momentum, 1/v). The paper's text names "a combined
@@ -271,7 +271,7 @@ def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -
 
     hidden = []
     for j in range(w0.shape[1]):
-        h = time_hidden[j] + adafactor.hidden[j]
+        h = sum((x[j] for x in adafactor.hidden), start=time_hidden[j])
         h += w_p[j] * p + w_rms[j] * s.rms + w_inverse_v[j] * inverse_v
         h += g * (w_g[j] + _dot(w_factored_g[:, j], adafactor.grad_factors))
         for k, factor in enumerate(adafactor.momentum_factors):
@@ -297,13 +297,15 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     )  # (M, *P less second); row: (M, *P less largest)
 
     axes = "abcdefghijkl"[: g.ndim]
-    sum_products = (
-        f"{axes},{axes.replace(axes[largest], '')},{axes.replace(axes[second], '')}->"
-    )
+    row_axes, col_axes = axes.replace(axes[largest], ""), axes.replace(axes[second], "")
+    row2, col2 = row_factor**2, col_factor**2
 
-    def mean_square(x2, k):
-        squares = row_factor[k] ** 2, col_factor[k] ** 2
-        return jnp.einsum(sum_products, x2, *squares, precision="highest") / g.size
+    def mean_square(subscripts, x2, *factors2):
+        return jnp.einsum(subscripts, x2, *factors2, precision="highest") / g.size
+
+    # One product for all timescales of g (z), one each for those of the momentum.
+    all_g = f"{axes},z{row_axes},z{col_axes}->z"
+    one_m = f"{axes},{row_axes},{col_axes}->"
 
     row = jnp.expand_dims(_side(s.row, w0[ROW], w0[INVERSE_ROW], c), largest + 1)
     col = jnp.expand_dims(_side(s.col, w0[COL], w0[INVERSE_COL], c), second + 1)
@@ -311,13 +313,14 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
         jnp.expand_dims(row_factor, largest + 1)
         * jnp.expand_dims(col_factor, second + 1)
     )
-    g2 = _square(g, c)
     return Adafactor(
         grad_factors=factors,
         momentum_factors=factors,
-        grad_mean_squares=[mean_square(g2, k) for k in range(3)],
-        momentum_mean_squares=[mean_square(m2[k], k) for k in range(3)],
-        hidden=row + col,
+        grad_mean_squares=list(mean_square(all_g, _square(g, c), row2, col2)),
+        momentum_mean_squares=[
+            mean_square(one_m, m2[k], row2[k], col2[k]) for k in range(3)
+        ],
+        hidden=[row, col],
     )
 
 
@@ -334,7 +337,7 @@ def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
         momentum_mean_squares=[
             jnp.mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
         ],
-        hidden=row + col,
+        hidden=[row, col],
     )
 
 
