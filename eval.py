@@ -171,6 +171,8 @@ def plot(path, entries: list[Entry], task: str, about: dict) -> None:
         xscale="log" if steps > 5000 else "linear",
         yscale="log",
     )
+    if steps > 5000:
+        axes.set_xlim(100, steps * 1.05)
     plain = ticker.StrMethodFormatter("{x:g}")
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(plain)
