@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import data as datasets
+import nqm
 
 
 class Task(NamedTuple):
@@ -43,7 +44,6 @@ class Split(NamedTuple):
 
 BATCH_SIZE = 128
 CLASSES = 10
-QUADRATIC_H = np.array([[1.11, 0.596], [0.596, 0.486]], np.float32)  # equation A.30
 
 
 def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Split]:
@@ -150,15 +150,11 @@ def quadratic(_) -> Task:
 
     loss = (phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I), phi_0 ~ N(0, 10 I) (B.1).
     """
-    h = jnp.asarray(QUADRATIC_H)
-
-    def loss(phi, key, xi):
-        return 0.5 * (phi - xi) @ h @ (phi - xi)
-
+    h = jnp.asarray(nqm.H, jnp.float32)
     return Task(
         init=lambda key: math.sqrt(10) * jax.random.normal(key, (2,)),
         batch=lambda key, split: jax.random.normal(key, (2,)),
-        loss=loss,
+        loss=lambda phi, key, xi: nqm.loss(phi, xi, h),
         evaluate=lambda phi: {"test_loss": 0.5 * (phi @ h @ phi + jnp.trace(h))},
         loss_limit=1000.0,
     )

@@ -553,10 +553,17 @@ estimator, theta = m.population(m.pes(problem, 2, 0.1), 2), jax.numpy.ones(6)[0]
 state = estimator.init(jax.random.key(0), theta)
 print(estimator.estimate(jax.random.key(1), theta, state)[0].size + 5)
 """
+USE_NQM = """
+import numpy
+check = m.check(m.H, numpy.zeros((2, 2)), 0.5)
+loss = m.expected_loss(m.nominal_plus(jax.numpy.zeros((2, 2)), 0.5), m.paper_model(), 10)
+print(6 if check.radius < 1 and abs(loss - 1.608) < 1e-3 else check)
+"""
 
 
 @pytest.mark.parametrize(
-    "name, use", [("star.py", USE_STAR), ("estimators.py", USE_ESTIMATORS)]
+    "name, use",
+    [("star.py", USE_STAR), ("estimators.py", USE_ESTIMATORS), ("nqm.py", USE_NQM)],
 )
 def test_file_stands_alone(name, use, tmp_path):
     """Copied into an empty folder, the module imports and works."""
