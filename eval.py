@@ -228,6 +228,12 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data-dir", help="folder that holds the data set")
     add("--out", help="folder for the results; default runs/eval-TASK")
     add("--figure", choices=tuple(figures.FIGURES), help="draw this figure instead")
+    add(
+        "--literal-alpha",
+        action="store_true",
+        help="figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it, "
+        "not c times the stable limit 2 / lambda_max(H)",
+    )
     add("--quick", action="store_true", help="a small form of the figure, in seconds")
     args = parser.parse_args(argv)
     args.baselines = [name for name in args.baselines.split(",") if name]
@@ -251,7 +257,7 @@ def main(argv=None) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     if args.figure:
-        return figures.draw(args.figure, folder, args.quick, args.data, args.data_dir)
+        return figures.draw(args, folder)
     data, about = TASKS[args.task].load(args.data, args.data_dir)
     build = TASKS[args.task].build
     keys = jax.random.split(jax.random.key(EVALUATION_SEED), args.seeds)

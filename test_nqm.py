@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import figures
 import nqm
 
 BOUNDARY = 1e-9  # rounding allowed beyond a spectral radius of 1
@@ -739,3 +740,84 @@ def test_vmap_over_everything():
             strict=True,
         ):
             np.testing.assert_allclose(many[i], one, rtol=1e-9, atol=1e-12)
+
+
+# --- figures 1 and 2
+
+
+def test_figure_1_interventions_together_stabilize():
+    """Each intervention alone lowers rho and leaves it above 1; all three end below."""
+    result = figures.compute_1(points=11)
+    before, after = result["radius_before_after"].T
+    assert before == pytest.approx(before[0]) and before[0] > 1
+    assert (1 < after[:3]).all() and (after[:3] < before[:3]).all() and after[3] < 1
+    path = result["curves"] @ np.array([1, 1j])  # (4, points, 6)
+    np.testing.assert_allclose(np.abs(path[:, -1]).max(-1), after)
+    assert np.abs(path.imag[:, 0]).max() > 1  # the example has complex eigenvalues
+    assert np.abs(np.diff(path, axis=1)).max() < 0.5  # each is followed
+
+
+def test_figure_2a_sampled_and_exact_agree():
+    """4,000 draws are within 15 % of the closed form; nowhere is alpha = 0 the best."""
+    result = figures.compute_2a((1, 5, 20), alphas=5, draws=4000)
+    inside = slice(
+        1, -1
+    )  # at the ends, A has an eigenvalue +-1 and the tails are heavy
+    sampled, exact = result["variance"][:, inside], result["exact"][:, inside]
+    np.testing.assert_allclose(sampled, exact, rtol=0.15)
+    u = nqm.nominal_plus(np.zeros((2, 2)), result["alpha"][2])
+    variance = nqm.gradient_variance(u, nqm.paper_model(), 20)
+    np.testing.assert_allclose(exact[:, 1], variance[np.array([0, 4, 19])], rtol=1e-9)
+    assert (np.diff(result["ratio_at_zero_to_best"]) > 0).all()  # grows with T
+    assert (0 < result["best_share"]).all() and (result["best_share"] < 1).all()
+
+
+def test_best_step_is_the_minimum():
+    """P* = U* - alpha I: no gradient, symmetric, and each mode of H at its own optimum."""
+    model = nqm.paper_model()
+    u, loss = figures.best_step(model, 50)
+    assert np.abs(meta_gradient(u, 0.0, model, 50)[0]).max() < 1e-9
+    np.testing.assert_allclose(u, u.T, atol=1e-9)
+    # phi_0 and xi are isotropic: modes decouple, and a grid over each one's step is enough
+    values, vectors = np.linalg.eigh(nqm.H)
+    total = 0.0
+    for value, vector in zip(values, vectors.T, strict=True):
+        mode = nqm.Model(value * np.eye(1), np.eye(1), np.zeros(1), 10 * np.eye(1))
+        steps = np.linspace(0.01, 1.99, 2000)[:, None, None] / value
+        losses = jax.jit(jax.vmap(lambda u, m=mode: nqm.expected_loss(u, m, 50)))(steps)
+        total += losses.min()
+        assert vector @ u @ vector == pytest.approx(steps[losses.argmin()].item(), 2e-3)
+    assert loss == pytest.approx(float(total), rel=1e-5)
+
+
+def test_nqm_unroll_is_the_model():
+    """Its mean losses by step are those of equation 8, at six standard errors."""
+    model, p = nqm.paper_model(), step_matrix(4, nqm.H) - 0.1 * np.eye(2)
+    problem = figures.nqm_unroll(model, 0.1, 6)
+
+    def one(key):
+        start, run = jax.random.split(key)
+        return problem.run(p, problem.fresh(start), run)[1]
+
+    losses = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
+    linear = nqm.system(nqm.nominal_plus(p, 0.1), nqm.H)
+    assert within_six_sigma(np.asarray(losses), expected_losses(linear, model, 6))
+
+
+def test_figure_2bc_meta_training_learns():
+    """From P = 0 the exact meta-loss falls, and counts as near at 1.1 of the optimum."""
+    with jax.enable_x64(False):  # as the command runs it
+        result = figures.compute_2bc(meta_steps=150, seeds=2, alphas=(0.0, 0.4))
+    loss = result["curves"]["loss"]  # (setting, alpha, seed, meta-step)
+    model = nqm.paper_model()
+    for i, alpha in enumerate((0.0, 0.4)):
+        start = nqm.expected_loss(nqm.nominal_plus(np.zeros((2, 2)), alpha), model, 50)
+        np.testing.assert_allclose(loss[:2, i, :, 0], float(start), rtol=1e-5)
+    assert (loss[0, 0, :, -1] < 0.5 * loss[0, 0, :, 0]).all()
+    assert (loss > result["optimum"]).all()
+    near = result["meta_steps_until_within_10_percent"]
+    for at, losses in zip(near.ravel(), loss.reshape(-1, 150), strict=True):
+        close = losses <= 1.1 * result["optimum"]
+        assert at == (close.argmax() if close.any() else np.inf)
+    magnitudes = result["curves"]["magnitudes"]
+    np.testing.assert_allclose(magnitudes[0, 0, 0, 0], 1, rtol=1e-6)  # A = I
