@@ -315,7 +315,12 @@ def compute_2bc(meta_steps: int, seeds: int, alphas, sigma=0.01) -> dict:
         exact = jax.vmap(lambda u: nqm.expected_loss(u, nqm.paper_model(), steps))
         loss = jax.jit(lambda u: jax.lax.map(exact, u))(jnp.asarray(u, jnp.float64))
     best, best_loss = best_step(nqm.paper_model(), steps)
-    values = np.linalg.eigvals(np.eye(2) - np.nan_to_num(np.asarray(u)) @ nqm.H)
+    u = np.asarray(u, np.float64)
+    lost = ~np.isfinite(u).all((-2, -1))  # the gradient overflowed: P is nan from there
+    values = np.linalg.eigvals(
+        np.eye(2) - np.where(lost[..., None, None], 0, u) @ nqm.H
+    )
+    magnitudes = np.where(lost[..., None], np.inf, np.sort(np.abs(values), -1))
 
     shape = len(settings), len(alphas), seeds, meta_steps
     loss = np.asarray(loss).reshape(shape)
@@ -330,8 +335,8 @@ def compute_2bc(meta_steps: int, seeds: int, alphas, sigma=0.01) -> dict:
         "meta_steps_until_within_10_percent": near,
         "last_loss": loss[..., -1],
         "curves": {
-            "loss": loss,
-            "magnitudes": np.sort(np.abs(values), -1).reshape(*shape, 2),
+            "loss": np.where(np.isnan(loss), np.inf, loss),
+            "magnitudes": magnitudes.reshape(*shape, 2),
         },
     }
 
