@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import figures
+import figures_nqm
 import nqm
 
 BOUNDARY = 1e-9  # rounding allowed beyond a spectral radius of 1
@@ -747,7 +747,7 @@ def test_vmap_over_everything():
 
 def test_figure_1_interventions_together_stabilize():
     """Each intervention alone lowers rho and leaves it above 1; all three end below."""
-    result = figures.compute_1(points=11)
+    result = figures_nqm.compute_1(points=11)
     before, after = result["radius_before_after"].T
     assert before == pytest.approx(before[0]) and before[0] > 1
     assert (1 < after[:3]).all() and (after[:3] < before[:3]).all() and after[3] < 1
@@ -759,7 +759,7 @@ def test_figure_1_interventions_together_stabilize():
 
 def test_figure_2a_sampled_and_exact_agree():
     """4,000 draws are within 15 % of the closed form; nowhere is alpha = 0 the best."""
-    result = figures.compute_2a((1, 5, 20), alphas=5, draws=4000)
+    result = figures_nqm.compute_2a((1, 5, 20), alphas=5, draws=4000)
     inside = slice(
         1, -1
     )  # at the ends, A has an eigenvalue +-1 and the tails are heavy
@@ -775,7 +775,7 @@ def test_figure_2a_sampled_and_exact_agree():
 def test_best_step_is_the_minimum():
     """P* = U* - alpha I: no gradient, symmetric, and each mode of H at its own optimum."""
     model = nqm.paper_model()
-    u, loss = figures.best_step(model, 50)
+    u, loss = figures_nqm.best_step(model, 50)
     assert np.abs(meta_gradient(u, 0.0, model, 50)[0]).max() < 1e-9
     np.testing.assert_allclose(u, u.T, atol=1e-9)
     # phi_0 and xi are isotropic: modes decouple, and a grid over each one's step is enough
@@ -793,7 +793,7 @@ def test_best_step_is_the_minimum():
 def test_nqm_unroll_is_the_model():
     """Its mean losses by step are those of equation 8, at six standard errors."""
     model, p = nqm.paper_model(), step_matrix(4, nqm.H) - 0.1 * np.eye(2)
-    problem = figures.nqm_unroll(model, 0.1, 6)
+    problem = figures_nqm.nqm_unroll(model, 0.1, 6)
 
     def one(key):
         start, run = jax.random.split(key)
@@ -807,7 +807,7 @@ def test_nqm_unroll_is_the_model():
 def test_figure_2bc_meta_training_learns():
     """From P = 0 the exact meta-loss falls, and counts as near at 1.1 of the optimum."""
     with jax.enable_x64(False):  # as the command runs it
-        result = figures.compute_2bc(meta_steps=150, seeds=2, alphas=(0.0, 0.4))
+        result = figures_nqm.compute_2bc(meta_steps=150, seeds=2, alphas=(0.0, 0.4))
     loss = result["curves"]["loss"]  # (setting, alpha, seed, meta-step)
     model = nqm.paper_model()
     for i, alpha in enumerate((0.0, 0.4)):
