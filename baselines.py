@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import star
-from star import LearnedOptimizer
+from lopts import LearnedOptimizer, from_optax
 
 # Half orders of magnitude, the paper's grid (appendix B.3), where it can matter here.
 LEARNING_RATES = tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 3))[:11]
@@ -24,19 +24,6 @@ OPTAX: dict[str, Callable] = {
     "sgd": optax.sgd,
     "rmsprop": optax.rmsprop,
 }
-
-
-def from_optax(make: Callable) -> LearnedOptimizer:
-    """make: learning_rate -> optax.GradientTransformation; theta: {"learning_rate": ()}."""
-
-    def update(theta, grads, state, params):
-        return make(theta["learning_rate"]).update(grads, state, params)
-
-    return LearnedOptimizer(
-        init_theta=lambda key: {"learning_rate": jnp.float32(1e-3)},
-        init=lambda params: make(1e-3).init(params),
-        update=update,
-    )
 
 
 def with_beta3(constants: star.Constants) -> LearnedOptimizer:
@@ -57,7 +44,9 @@ def with_beta3(constants: star.Constants) -> LearnedOptimizer:
     )
 
 
-BASELINES = {name: from_optax(make) for name, make in OPTAX.items()}
+BASELINES = {
+    name: from_optax(make, {"learning_rate": 1e-3}) for name, make in OPTAX.items()
+}
 
 
 def rates(learning_rates=LEARNING_RATES) -> list[dict]:

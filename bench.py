@@ -12,6 +12,7 @@ import pathlib
 import resource
 import sys
 import time
+from functools import partial
 
 import jax
 
@@ -36,9 +37,9 @@ def window(optimizer, build, data, pairs: int, length: int):
     theta = optimizer.init_theta(jax.random.key(0))
 
     def make(data):
-        task = build(data)
-        training = inner_training(task, optimizer)
-        problem = estimators.unroll(*training, length, task.loss_limit)
+        training = inner_training(partial(build, data), optimizer)
+        limit = build(data, jax.random.key(0)).loss_limit
+        problem = estimators.unroll(*training, length, limit)
         pair = estimators.pes(problem, windows=40, sigma=1e-4, batch=batching())
         return estimators.population(pair, pairs, batching())
 

@@ -1,18 +1,30 @@
-"""Meta-gradients of unrolled computations by evolution strategies: ES, PES, noise reuse.
+"""Meta-gradients of unrolled computations: ES, PES, noise reuse, BPTT, and their merge.
 
 An estimator sees an unroll and nothing else: a carry goes in, a carry and the losses of a
 window of K steps come out. It estimates the gradient of the mean loss over a trajectory
-of T steps, smoothed over theta by a Gaussian of standard deviation sigma, from one window
-at a time. What fills the carry (a network and its optimizer, a scalar) it never asks.
+of T steps, smoothed over theta by a Gaussian of standard deviation sigma. What fills the
+carry (a network and its optimizer, a scalar) it never asks.
 
     problem = unroll(fresh, step, length=50, loss_limit=3.45)
     estimator = population(pes(problem, windows=40, sigma=0.01), particles=4)
     state = estimator.init(key, theta)
     grad, state, metrics = estimator.estimate(key, theta, state)
 
-The file stands alone: copy it. It needs only jax. Letters: N particles, K steps in a
-window, T = K * windows steps in a trajectory, xi perturbation of theta.
-Left out here: gradients by backpropagation and their merge with these (Metz et al. 2019).
+                 bias               variance                      steps of an estimate
+  es             none               of the smoothed loss / sigma  2 T
+  truncated_es   sees one window    least of the ES kind          2 K
+  pes            none               grows with T / K              2 K
+  noise_reuse_es none               as es, spread over windows    2 K
+  bptt           none               explodes if the unroll does   2 T, there and back
+  truncated_bptt sees one window    explodes with K               2 K, there and back
+  merged         that of its window the smaller of the two's      2 K, there and back
+
+A way back costs about twice the way there and holds the states of K steps in memory; ES
+holds one state a run. Use pes or noise_reuse_es for long unrolls, merged where the
+windows are short or the unroll is smooth, bptt alone to look at the pathology.
+Longer windows (Metz et al. 2019) are unrolls of `several` windows. The file stands alone:
+copy it. It needs only jax. Letters: N particles, K steps in a window, T = K * windows
+steps in a trajectory, xi perturbation of theta.
 """
 
 from collections.abc import Callable
@@ -25,6 +37,7 @@ import jax.numpy as jnp
 class Unroll(NamedTuple):
     fresh: Callable  # key -> carry, the start of a trajectory
     run: Callable  # (theta, carry, key) -> (carry, losses (K,)), one window
+    windows: Any = 1  # windows that one call of run does; may be traced
 
 
 class Estimator(NamedTuple):
@@ -35,7 +48,7 @@ class Estimator(NamedTuple):
 class ParticleState(NamedTuple):
     """One antithetic pair in the middle of its trajectory."""
 
-    carry: Any  # the two carries, stacked: (2, ...) = (at theta + xi, at theta - xi)
+    carry: Any  # stacked: (2, ...) = (at theta + xi, at theta - xi), or (1, ...)
     xi: Any  # like theta: the perturbation, for as long as it is reused
     xi_sum: Any  # like theta: earlier perturbations that the next losses answer to
     window: jax.Array  # () int32, windows done in this trajectory
@@ -57,6 +70,33 @@ def unroll(fresh: Callable, step: Callable, length: int, loss_limit=None) -> Unr
     return Unroll(fresh, run)
 
 
+def several(problem: Unroll, windows, most: int) -> Unroll:
+    """The unroll whose run does `windows` windows of the problem in a row.
+
+    windows: at most `most`; may be traced, so that one program serves every length. Losses
+    are (most * K,), those beyond the length 0 and the others scaled so that the mean is
+    theirs. Differentiated, each window is computed again on the way back, by
+    `jax.checkpoint`: the tape holds one window and `most` carries, not all T steps.
+    """
+
+    def run(theta, carry, key):
+        def one(carry, i):
+            def go():
+                return problem.run(theta, carry, jax.random.fold_in(key, i))
+
+            losses = jax.eval_shape(go)[1]
+            return jax.lax.cond(
+                i < windows, go, lambda: (carry, jnp.zeros(losses.shape, losses.dtype))
+            )
+
+        # in a scan nothing can be merged with the first pass: prevent_cse only costs
+        one = jax.checkpoint(one, prevent_cse=False)
+        carry, losses = jax.lax.scan(one, carry, jnp.arange(most))
+        return carry, losses.reshape(-1) * (most / windows)
+
+    return Unroll(problem.fresh, run, windows)
+
+
 def clip_loss(loss, limit):
     """min(loss, limit), and limit for nan: a diverged run costs the limit, no more.
 
@@ -74,7 +114,7 @@ def pes(problem: Unroll, windows: int, sigma: float, batch=jax.vmap) -> Estimato
         E over windows of  sum(xi) (L(theta+xi) - L(theta-xi)) / (2 sigma^2)
     with L the mean loss of the window. Variance grows with the number of windows.
     """
-    return _antithetic(problem, windows, sigma, batch, "sum")
+    return _antithetic(problem, windows, sigma, batch, memory="sum")
 
 
 def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
@@ -83,7 +123,7 @@ def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator
     Unbiased like PES; its variance does not grow with the windows where the windows'
     gradients agree, and is larger than that of PES where they do not.
     """
-    return _antithetic(problem, windows, sigma, batch, "one")
+    return _antithetic(problem, windows, sigma, batch, memory="one")
 
 
 def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
@@ -93,17 +133,113 @@ def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
     the carry before. With windows = 1 it is ES over the whole trajectory, unbiased, and
     then equal to PES.
     """
-    return _antithetic(problem, windows, sigma, batch, "none")
+    return _antithetic(problem, windows, sigma, batch)
 
 
-def population(estimator: Estimator, particles: int, batch=jax.vmap) -> Estimator:
-    """The mean of N independent particles, staggered evenly over the trajectory.
+def es(problem: Unroll, windows: int, sigma, batch=jax.vmap) -> Estimator:
+    """Antithetic ES over whole trajectories (Salimans et al. 2017): T steps an estimate.
+
+    The score-function gradient of Metz et al. 2019, section 3: unbiased for the loss
+    smoothed by one perturbation a trajectory, at any length and any roughness.
+    """
+    return truncated_es(several(problem, windows, windows), windows, sigma, batch)
+
+
+def truncated_bptt(problem: Unroll, windows, sigma=0.0, batch=jax.vmap) -> Estimator:
+    """Backpropagation through each window, from a carry taken as given.
+
+    With sigma > 0 the reparameterisation gradient of Metz et al. 2019, section 3:
+        grad (L(theta + xi) + L(theta - xi)) / 2,
+    unbiased for the smoothed loss of the window where that is differentiable; blind, like
+    `truncated_es`, to the windows before. With sigma = 0 (a number, not traced) one plain
+    run. Its variance is the gradient's own, over data and xi: it grows like the product
+    of the unroll's Jacobians, with no bound where they expand (section 2.3).
+    """
+    return _antithetic(problem, windows, sigma, batch, gradient="bptt")
+
+
+def bptt(problem: Unroll, windows: int, sigma=0.0, batch=jax.vmap) -> Estimator:
+    """Backpropagation through whole trajectories, with the memory of one window."""
+    return truncated_bptt(several(problem, windows, windows), windows, sigma, batch)
+
+
+def merged(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
+    """Metz et al. 2019, Algorithm 1: both gradients of the same pairs.
+
+    Estimates {"bptt": ..., "es": ...}: give `population` the `inverse_variance_mean` for
+    its combine. The runs of a pair start from one carry, and the positive one's goes on.
+    Use `several` for its growing unrolls.
+    """
+    return _antithetic(problem, windows, sigma, batch, gradient="both")
+
+
+def mean_of_particles(grads) -> tuple[Any, dict]:
+    """Leaves (N, ...) -> (their mean, {"grad_noise": its standard error, all together})."""
+    mean = jax.tree.map(lambda g: g.mean(0), grads)
+    leaves = jax.tree.leaves(grads)
+    variance = sum(g.var(0, ddof=1).sum() / len(g) for g in leaves)
+    return mean, {"grad_noise": jnp.sqrt(variance)}
+
+
+def inverse_variance_mean(grads: dict[str, Any], floor: float = 1e-6):
+    """Each weight's mean over estimators, weighted by 1 / variance (Metz eq. 1).
+
+        g = (g_rp / s_rp^2 + g_es / s_es^2) / (1 / s_rp^2 + 1 / s_es^2)
+    for each entry of theta by itself, s^2 the variance (n - 1) over the N particles of
+    that entry. grads: {name of estimator: tree of (N, ...)}, N >= 2, of any scale.
+    Returns (merged tree, metrics): `grad_noise` of the merged gradient (taking estimators
+    as independent), `<name>_noise` of each, and `<name>_weight`, averaged over theta.
+
+    An estimator with a nan or inf among its N values of an entry has weight 0 there; if
+    none is left the entry is 0. floor: this share of an estimator's largest value is added
+    to its s, so that estimators without any spread share evenly. Mean and variance come from the
+    same samples (as in the paper), so the weights are not independent of what they weigh:
+    a bias that falls with N.
+    """
+    names = tuple(grads)
+
+    def merge(*estimators):
+        x = jnp.stack(estimators)  # (E, N, *P)
+        scale = jnp.abs(x).max(1)  # (E, *P)
+        usable = jnp.isfinite(scale)
+        unit = jnp.where(usable & (scale > 0), scale, 1)
+        x = jnp.where(usable[:, None], x, 0) / unit[:, None]  # squares cannot overflow
+        mean, std = x.mean(1) * unit, x.std(1, ddof=1) * unit
+        spread = jnp.maximum(std + floor * unit * (scale > 0), jnp.finfo(x.dtype).tiny)
+        closeness = jnp.where(usable, 1 / spread, 0)
+        best = closeness.max(0, keepdims=True)
+        relative = (closeness / jnp.where(best > 0, best, 1)) ** 2
+        weight = relative / jnp.maximum(relative.sum(0, keepdims=True), 1)
+        error = jnp.where(usable, std, jnp.inf) / x.shape[1] ** 0.5
+        noise = jnp.where(usable, weight * std, 0) / x.shape[1] ** 0.5
+        return (weight * mean).sum(0), weight, error, noise
+
+    leaves = [jax.tree.leaves(grads[name]) for name in names]
+    out = [merge(*entry) for entry in zip(*leaves, strict=True)]
+    gradient, weights, errors, noises = zip(*out, strict=True)
+    flat = [
+        jnp.concatenate([x.reshape(len(names), -1) for x in xs], 1)
+        for xs in (weights, errors, noises)
+    ]  # (E, size of theta)
+    weight, error, noise = flat
+    metrics = {"grad_noise": jnp.sqrt((noise**2).sum())}
+    for i, name in enumerate(names):
+        metrics[f"{name}_weight"] = weight[i].mean()
+        metrics[f"{name}_noise"] = _norm(error[i])
+    return jax.tree.structure(grads[names[0]]).unflatten(gradient), metrics
+
+
+def population(
+    estimator: Estimator, particles: int, batch=jax.vmap, combine=mean_of_particles
+) -> Estimator:
+    """N independent particles, staggered evenly over the trajectory, and their mean.
 
     Particle i starts its first trajectory as if i/N of it were over, with a fresh carry:
     it ends early once, and from then on the N windows of a meta-step lie evenly spread
     over the trajectory. batch: `jax.vmap`, or `sequential`, which is faster on a CPU.
-    Metrics gain `grad_noise`, the standard error of the mean gradient (root of the summed
-    variances; nan for one particle).
+    combine: stacked gradients (N, ...) -> (gradient, metrics), `inverse_variance_mean` for
+    `merged`. Metrics gain `grad_noise`, the standard error of the gradient (root of the
+    summed variances; nan for one particle).
     """
 
     def init(key, theta):
@@ -116,10 +252,8 @@ def population(estimator: Estimator, particles: int, batch=jax.vmap) -> Estimato
             return estimator.estimate(key, theta, state)
 
         grads, state, metrics = batch(one)(jax.random.split(key, particles), state)
-        mean = jax.tree.map(lambda g: g.mean(0), grads)
-        variance = sum(g.var(0, ddof=1).sum() for g in jax.tree.leaves(grads))
-        metrics = jax.tree.map(jnp.mean, metrics)
-        return mean, state, metrics | {"grad_noise": jnp.sqrt(variance / particles)}
+        grad, more = combine(grads)
+        return grad, state, jax.tree.map(jnp.mean, metrics) | more
 
     return Estimator(init, estimate)
 
@@ -130,14 +264,19 @@ def sequential(f: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda xs: f(*xs), args)
 
 
-def _antithetic(problem, windows, sigma, batch, memory: str) -> Estimator:
-    """memory of earlier perturbations: their "sum", the "one" there is, or "none"."""
+def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
+    """What all estimators are: a pair of runs at theta +- xi, window after window.
+
+    memory of earlier perturbations: their "sum", the "one" there is, or "none" (then the
+    runs of a pair also start each window from one carry). gradient: "es", "bptt", "both".
+    """
+    signs = (1,) if gradient == "bptt" and sigma == 0 else (1, -1)
 
     def start(key, theta):
         carry_key, xi_key = jax.random.split(key)
-        carry = jax.tree.map(lambda x: jnp.stack([x, x]), problem.fresh(carry_key))
+        fresh = problem.fresh(carry_key)
         return ParticleState(
-            carry=carry,
+            carry=jax.tree.map(lambda x: jnp.stack([x] * len(signs)), fresh),
             xi=_normal_like(xi_key, theta, sigma),
             xi_sum=jax.tree.map(jnp.zeros_like, theta),
             window=jnp.zeros((), jnp.int32),
@@ -156,19 +295,36 @@ def _antithetic(problem, windows, sigma, batch, memory: str) -> Estimator:
         )
         xi = _normal_like(xi_key, theta, sigma) if memory != "one" else state.xi
         credit = jax.tree.map(jnp.add, state.xi_sum, xi)
-        pair = jax.tree.map(lambda th, x: jnp.stack([th + x, th - x]), theta, xi)
-        run_keys = jnp.stack([run_key, run_key])  # common random numbers, on purpose
-        carry, losses = batch(problem.run)(pair, state.carry, run_keys)  # losses (2, K)
-        loss_pos, loss_neg = losses.mean(1)
-        grad = perturbed_difference(loss_pos, loss_neg, credit, sigma)
+        pair = jax.tree.map(
+            lambda th, x: jnp.stack([th + s * x for s in signs]), theta, xi
+        )
+        run_keys = jnp.stack(
+            [run_key] * len(signs)
+        )  # common random numbers, on purpose
+
+        def mean_loss(pair):
+            carry, losses = batch(problem.run)(pair, state.carry, run_keys)
+            return losses.mean(), (carry, losses)  # losses (2, K)
+
+        if gradient == "es":
+            _, (carry, losses) = mean_loss(pair)
+        else:
+            by_pair, (carry, losses) = jax.grad(mean_loss, has_aux=True)(pair)
+        estimates = {}
+        if gradient != "es":  # the 1/2 is in the mean over the pair
+            estimates["bptt"] = jax.tree.map(lambda g: g.sum(0), by_pair)
+        if gradient != "bptt":
+            loss_pos, loss_neg = losses.mean(1)
+            estimates["es"] = perturbed_difference(loss_pos, loss_neg, credit, sigma)
         if memory == "none":
-            carry = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), carry)
+            carry = jax.tree.map(lambda x: jnp.stack([x[0]] * len(signs)), carry)
         state = ParticleState(
             carry=carry,
             xi=xi,
             xi_sum=credit if memory == "sum" else state.xi_sum,
-            window=state.window + 1,
+            window=state.window + problem.windows,
         )
+        grad = estimates if gradient == "both" else estimates[gradient]
         return grad, state, {"loss": losses.mean()}
 
     return Estimator(init, estimate)
@@ -188,3 +344,10 @@ def _normal_like(key, tree, sigma):
         for k, x in zip(keys, leaves, strict=True)
     ]
     return treedef.unflatten(draw)
+
+
+def _norm(x):
+    """Root of the sum of squares, without overflow on the way."""
+    largest = jnp.abs(x).max()
+    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    return unit * jnp.sqrt(((x / unit) ** 2).sum())

@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 
 import figures
-import star
 from baselines import BASELINES, LEARNING_RATES, best_rate, rates
 from inner import Curves, curves, ema
 from store import UserError, load_theta, read_card, run_command, write_atomically
@@ -53,8 +52,7 @@ def best_theta(task: str, folder=WEIGHTS) -> pathlib.Path:
 
 def evaluate_theta(path, build, data, keys, steps: int) -> Entry:
     """Runs with the theta in the file, named by its preset, folder and file."""
-    theta, constants = load_theta(path)
-    optimizer = star.learned_optimizer(constants)
+    theta, optimizer, _ = load_theta(path)
     result = curves(build, data, optimizer, [theta], keys, steps)
     card, path = read_card(path), pathlib.Path(path)
     stem = path.resolve().parent.name if path.stem == "theta" else path.stem

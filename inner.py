@@ -6,6 +6,7 @@ it by `baselines.py`, with their learning rate as theta.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,13 @@ import numpy as np
 
 from estimators import sequential
 
+OBJECTIVES = {"train": None, "fresh": "train", "valid": "valid"}  # name -> split drawn
+
 
 class Carry(NamedTuple):
     params: Any
     optimizer: Any  # the optimizer's state
+    member: jax.Array  # (2,) uint32, data of the key that drew the task from its family
 
 
 class Curves(NamedTuple):
@@ -28,24 +32,32 @@ class Curves(NamedTuple):
     seconds: float  # wall time of all runs together, without compilation
 
 
-def inner_training(task, optimizer) -> tuple[Callable, Callable]:
+def inner_training(build, optimizer, objective="train") -> tuple[Callable, Callable]:
     """(fresh, step): fresh: key -> Carry; step: (theta, carry, key) -> (carry, loss ()).
 
-    The loss is that of the training batch at the parameters before their update, as the
-    authors' code has it; equation 3 of the paper would draw a second batch after it.
+    build: key -> Task; a family of tasks draws its member by the key, others ignore it.
+    objective: which loss the step reports. "train": of the training batch at the parameters
+    before their update, which costs nothing, as the authors' code has it; "fresh": of a
+    second training batch after the update, equation 3 of the paper; "valid": the same on a
+    batch of the validation split (Metz et al. 2019, L_valid).
     """
+    split = OBJECTIVES[objective]
 
     def fresh(key):
-        params = task.init(key)
-        return Carry(params, optimizer.init(params))
+        params = build(key).init(key)
+        return Carry(params, optimizer.init(params), jax.random.key_data(key))
 
     def step(theta, carry, key):
+        task = build(jax.random.wrap_key_data(carry.member))
         batch_key, loss_key = jax.random.split(key)
         batch = task.batch(batch_key, "train")
         loss, grads = jax.value_and_grad(task.loss)(carry.params, loss_key, batch)
         updates, state = optimizer.update(theta, grads, carry.optimizer, carry.params)
         params = jax.tree.map(lambda p, u: p + u, carry.params, updates)
-        return Carry(params, state), loss
+        if split is not None:
+            batch_key, loss_key = jax.random.split(jax.random.fold_in(key, 1))
+            loss = task.loss(params, loss_key, task.batch(batch_key, split))
+        return carry._replace(params=params, optimizer=state), loss
 
     return fresh, step
 
@@ -77,18 +89,18 @@ def batching() -> Callable:
 def curves(build, data, optimizer, thetas, keys, steps: int, chunk=500) -> Curves:
     """Train `thetas` x `keys` from scratch: losses (thetas, seeds, steps).
 
-    build: data -> Task. thetas: a list. keys: (seeds,), the same for every theta, so that
-    all see the same batches. The loss leaves the device every `chunk` steps.
+    build: (data, key) -> Task. thetas: a list. keys: (seeds,), the same for every theta,
+    so that all see the same batches. The loss leaves the device every `chunk` steps.
     """
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *thetas)
     batch = batching()
 
     def start(data, keys):
-        fresh, _ = inner_training(build(data), optimizer)
+        fresh, _ = inner_training(partial(build, data), optimizer)
         return jax.vmap(fresh)(keys)
 
     def advance(data, theta, carry, keys, first, length):
-        _, step = inner_training(build(data), optimizer)
+        _, step = inner_training(partial(build, data), optimizer)
 
         def run(theta, carry, key):
             def one(carry, t):
@@ -99,7 +111,11 @@ def curves(build, data, optimizer, thetas, keys, steps: int, chunk=500) -> Curve
         return batch(run)(theta, carry, keys)
 
     def finish(data, carry):
-        return batch(build(data).evaluate)(carry.params)
+        def test(carry):
+            member = jax.random.wrap_key_data(carry.member)
+            return build(data, member).evaluate(carry.params)
+
+        return batch(test)(carry)
 
     n_thetas, n_seeds = len(thetas), len(keys)
     theta_of_run = jax.tree.map(lambda x: jnp.repeat(x, n_seeds, 0), stacked)

@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lopts
 import star
 from data import DataError
 
@@ -82,12 +84,36 @@ def write_atomically(path: pathlib.Path, write) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def load_theta(path):
-    """star.load_theta; UserError for whatever is wrong with the file."""
-    try:
-        return star.load_theta(path)
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+class Trained(NamedTuple):
+    """What a theta's file holds."""
+
+    theta: dict[str, jax.Array]
+    optimizer: star.LearnedOptimizer | lopts.LearnedOptimizer
+    constants: star.Constants | None  # None if it is not a STAR
+
+
+def load_theta(path) -> Trained:
+    """A theta of STAR or of `lopts.LEARNED`; UserError for whatever is wrong with it."""
+    name = read_card(path).get("optimizer")
+    if name not in lopts.LEARNED:
+        try:
+            theta, constants = star.load_theta(path)
+        except (OSError, ValueError) as error:
+            raise UserError(" ".join(str(error).split())) from None
+        return Trained(theta, star.learned_optimizer(constants), constants)
+    optimizer = lopts.LEARNED[name]
+    arrays = read_npz(path)
+    template = jax.eval_shape(optimizer.init_theta, jax.random.key(0))
+    for key, like in template.items():
+        x = arrays.get(key)
+        if x is None or x.shape != like.shape or x.dtype != like.dtype:
+            raise UserError(
+                f"{path} holds no theta of {name}: {key} is not {like.shape}"
+            )
+        if not np.isfinite(x).all():
+            raise UserError(f"{path} holds a theta that is not finite")
+    theta = {key: jnp.asarray(arrays[key]) for key in template}
+    return Trained(theta, optimizer, None)
 
 
 def read_card(path) -> dict:

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import typing
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,11 @@ import numpy as np
 import optax
 
 import estimators
+import lopts
 import star
 from baselines import BASELINES, rates, with_beta3
 from estimators import clip_loss
-from inner import batching, compiler_options, curves, ema, inner_training
+from inner import OBJECTIVES, batching, compiler_options, curves, ema, inner_training
 from store import (
     UserError,
     flatten,
@@ -46,7 +48,10 @@ ESTIMATORS = {
     "pes": estimators.pes,
     "truncated_es": estimators.truncated_es,
     "noise_reuse": estimators.noise_reuse_es,
+    "truncated_bptt": estimators.truncated_bptt,
+    "merged": estimators.merged,
 }
+BACKWARD = ("truncated_bptt", "merged")  # a run that explodes has a gradient of nan
 
 
 def arg(default, text, **metadata):
@@ -59,18 +64,39 @@ class Config:
 
     task: str = arg("fmnist", "inner problem", choices=tuple(TASKS))
     optimizer: str = arg(
-        "star_small_beta3", "what is meta-trained", choices=tuple(star.CONSTANTS)
+        "star_small_beta3",
+        "what is meta-trained",
+        choices=(*star.CONSTANTS, *lopts.LEARNED),
     )
     beta3: float | None = arg(
         None, "scale of the blackbox term, if not the optimizer's own"
     )
     estimator: str = arg("pes", "of the meta-gradient", choices=tuple(ESTIMATORS))
+    objective: str = arg(
+        "train",
+        "which inner loss: of the training batch before its update, of a fresh one "
+        "after it, or of a validation batch after it",
+        choices=tuple(OBJECTIVES),
+    )
     steps: int = arg(2000, "meta-steps")
     particles: int = arg(4, "antithetic pairs")
     horizon: int = arg(2000, "T, inner steps of a trajectory")
-    truncation: int = arg(50, "K, inner steps between meta-gradients; divides T")
+    truncation: int = arg(50, "K, inner steps of a window; divides T")
+    unroll: int | None = arg(
+        None, "inner steps of a meta-gradient, in windows; default one window"
+    )
+    start_unroll: int | None = arg(None, "--unroll at the start; default one window")
+    unroll_growth: str = arg(
+        "linear",
+        "how the unroll grows over --curriculum",
+        choices=("linear", "log", "constant"),
+    )
+    jitter: float = arg(
+        0.0, "the unroll of each meta-step varies by so much, relatively"
+    )
     sigma: float = arg(0.01, "standard deviation of the perturbations of theta")
     meta_lr: float = arg(3e-3, "peak learning rate of AdamW")
+    meta_beta1: float = arg(0.9, "momentum of AdamW")
     schedule: str = arg(
         "cosine", "of the meta-learning rate", choices=("cosine", "constant")
     )
@@ -108,6 +134,18 @@ PRESETS = {
     ),
     # Lower variance than PES here, so further at equal inner steps; see the README.
     "noise_reuse": dict(estimator="noise_reuse"),
+    # Metz et al. 2019, D.3, with unrolls up to 1,000 for its 10,000.
+    "metz": dict(
+        optimizer="mlp",
+        estimator="merged",
+        unroll=1000,
+        jitter=0.2,
+        meta_beta1=0.5,
+        schedule="constant",
+        weight_decay=0.0,
+        start_horizon=1.0,
+        curriculum=1.0,
+    ),
 }
 # What a resumed run may change; all else is its recipe.
 NOT_RECIPE = ("data_dir", "out", "resume", "checkpoint_every", "log_every")
@@ -115,13 +153,15 @@ NOT_RECIPE = ("data_dir", "out", "resume", "checkpoint_every", "log_every")
 
 class TrainState(NamedTuple):
     step: jax.Array  # () int32, meta-steps done
-    theta: star.Theta
+    theta: dict[str, jax.Array]
     meta: Any  # state of the meta-optimizer
     particles: Any  # state of the estimator
 
 
-def optimizer_of(config: Config) -> tuple[star.LearnedOptimizer, star.Constants]:
-    """What is meta-trained, and its constants with --beta3 in them."""
+def optimizer_of(config: Config):
+    """(what is meta-trained, its constants with --beta3 in them; None if not a STAR)."""
+    if config.optimizer in lopts.LEARNED:
+        return lopts.LEARNED[config.optimizer], None
     constants = star.CONSTANTS[config.optimizer]
     if config.beta3 is not None:
         constants = constants._replace(beta3=config.beta3)
@@ -129,7 +169,10 @@ def optimizer_of(config: Config) -> tuple[star.LearnedOptimizer, star.Constants]
 
 
 def meta_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping, then AdamW: its weight decay is a multiplier of its rate (B.2)."""
+    """Clipping, then AdamW: its weight decay is a multiplier of its rate (B.2).
+
+    Entries of a backpropagated gradient that are nan count as 0.
+    """
     clip = {"value": optax.clip, "norm": optax.clip_by_global_norm}[config.clip_by]
     peak, warmup = config.meta_lr, config.warmup
     rate = {
@@ -140,9 +183,9 @@ def meta_optimizer(config: Config) -> optax.GradientTransformation:
             0.0 if warmup else peak, peak, warmup
         ),
     }[config.schedule]()
-    return optax.chain(
-        clip(config.clip), optax.adamw(rate, weight_decay=config.weight_decay)
-    )
+    adamw = optax.adamw(rate, b1=config.meta_beta1, weight_decay=config.weight_decay)
+    guard = (optax.zero_nans(),) if config.estimator in BACKWARD else ()
+    return optax.chain(*guard, clip(config.clip), adamw)
 
 
 def windows_at(config: Config, step):
@@ -154,16 +197,45 @@ def windows_at(config: Config, step):
     return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), full).astype(jnp.int32)
 
 
-def build_estimator(config: Config, data, step=0) -> estimators.Estimator:
-    """Task x optimizer -> unroll -> one pair -> N pairs; data and step may be traced."""
-    task = TASKS[config.task].build(data)
+def unroll_at(config: Config, step):
+    """Windows of a meta-gradient at this meta-step, before jitter and rounding; float."""
+    most = (config.unroll or config.truncation) / config.truncation
+    start = (config.start_unroll or config.truncation) / config.truncation
+    share = jnp.minimum(1, step / max(1.0, config.curriculum * config.steps))
+    return {
+        "linear": start + (most - start) * share,
+        "log": start * (most / start) ** share,
+        "constant": most + 0 * share,
+    }[config.unroll_growth]
+
+
+def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
+    """Task x optimizer -> unroll -> one pair -> N pairs; data, step, key may be traced.
+
+    key: for the jitter of the unroll's length; only `estimate` needs it.
+    """
+    build = partial(TASKS[config.task].build, data)
     optimizer, _ = optimizer_of(config)
-    fresh, inner_step = inner_training(task, optimizer)
-    problem = estimators.unroll(fresh, inner_step, config.truncation, task.loss_limit)
+    training = inner_training(build, optimizer, config.objective)
+    limit = build(jax.random.key(0)).loss_limit
+    problem = estimators.unroll(*training, config.truncation, limit)
+    if config.unroll is not None:
+        jitter = (
+            0.0
+            if key is None
+            else config.jitter * jax.random.uniform(key, (), minval=-1)
+        )
+        length = jnp.round(unroll_at(config, step) * (1 + jitter))
+        most = math.ceil(config.unroll / config.truncation * (1 + config.jitter))
+        length = jnp.clip(length, 1, most).astype(jnp.int32)
+        problem = estimators.several(problem, length, most)
     pair = ESTIMATORS[config.estimator](
         problem, windows_at(config, step), config.sigma, batching()
     )
-    return estimators.population(pair, config.particles, batching())
+    combine = {
+        "merged": estimators.inverse_variance_mean,
+    }.get(config.estimator, estimators.mean_of_particles)
+    return estimators.population(pair, config.particles, batching(), combine)
 
 
 def run_keys(config: Config) -> jax.Array:
@@ -187,7 +259,8 @@ def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState,
     """One step of meta-training. key: the run's, for all meta-steps; the step's own is
     folded in from it. Returns the next state and a dict of scalar metrics."""
     key, stagger_key = jax.random.split(jax.random.fold_in(key, state.step))
-    estimator = build_estimator(config, data, state.step)
+    unroll_key = jax.random.fold_in(stagger_key, 1)
+    estimator = build_estimator(config, data, state.step, unroll_key)
     # A longer horizon: stagger the particles anew, or they would stay close together.
     longer = windows_at(config, state.step) != windows_at(config, state.step - 1)
     particles = jax.lax.cond(
@@ -262,11 +335,18 @@ def save_theta(folder, card: dict, state: TrainState) -> None:
 def start_from(config: Config, data, state: TrainState) -> TrainState:
     """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
     path = config.init
-    theta, constants = load_theta(path)
-    for name, theirs in constants._asdict().items():
-        ours = getattr(optimizer_of(config)[1], name)
-        if theirs != ours:
-            raise UserError(f"{path} is for {name} = {theirs}, this run has {ours}")
+    theta, _, theirs = load_theta(path)
+    ours = optimizer_of(config)[1]
+    if theirs is None or ours is None:
+        name = read_card(path)["optimizer"] if theirs is None else "STAR"
+        if (theirs, name) != (ours, config.optimizer):
+            raise UserError(f"{path} is a {name}, this run is of {config.optimizer}")
+    else:
+        for name, value in theirs._asdict().items():
+            if value != getattr(ours, name):
+                raise UserError(
+                    f"{path} is for {name} = {value}, this run has {getattr(ours, name)}"
+                )
     state = state._replace(theta=theta)
     arrays = {
         name.removeprefix("train/"): x
@@ -367,17 +447,23 @@ def command_line(config: Config) -> str:
     return " ".join(words)
 
 
+def inner_steps(config: Config, step: int) -> int:
+    """Inner steps of the first `step` meta-steps, both runs of every pair; no jitter."""
+    windows = np.asarray(unroll_at(config, np.arange(step))).sum()
+    return int(round(float(windows) * config.truncation * config.particles * 2))
+
+
 def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
     """What theta is and how it was made; all of it can be written as JSON."""
     _, constants = optimizer_of(config)
     device = jax.devices()[0]
     return {
         "optimizer": config.optimizer,
-        "constants": constants._asdict(),
+        "constants": constants._asdict() if constants else {},
         "task": config.task,
         **about,
         "meta_steps": step,
-        "inner_steps": step * config.particles * 2 * config.truncation,
+        "inner_steps": inner_steps(config, step),
         "minutes": round(log.seconds / 60, 1),
         "meta_loss": log.recent(),
         "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
@@ -438,23 +524,27 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
     Losses are clipped as the meta-loss is. Returns what the card gains.
     """
     build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
-    _, constants = optimizer_of(config)
+    optimizer, constants = optimizer_of(config)
+    limit = build(data, keys[0]).loss_limit
     untrained = init_state(config, data).theta
     learning_rates = (1e-3, 3e-3, 1e-2)
 
     def losses(optimizer, thetas):  # (thetas, seeds)
         result = curves(build, data, optimizer, thetas, keys, config.horizon)
-        return np.asarray(clip_loss(result.losses, build(data).loss_limit)).mean(2)
+        return np.asarray(clip_loss(result.losses, limit)).mean(2)
 
-    beta3 = np.float32(constants.beta3)
-    ours, start, nominal = losses(
-        with_beta3(constants),
-        [
-            {"theta": state.theta, "beta3": beta3},
-            {"theta": untrained, "beta3": beta3},
-            {"theta": untrained, "beta3": np.float32(0)},
-        ],
-    )
+    if constants is None:
+        ours, start = losses(optimizer, [state.theta, untrained])
+    else:
+        beta3 = np.float32(constants.beta3)
+        ours, start, nominal = losses(
+            with_beta3(constants),
+            [
+                {"theta": state.theta, "beta3": beta3},
+                {"theta": untrained, "beta3": beta3},
+                {"theta": untrained, "beta3": np.float32(0)},
+            ],
+        )
     adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
     fresh = {
         "fresh_loss": round(float(ours.mean()), 4),
@@ -463,7 +553,7 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
         "adam_loss": round(float(adam.min()), 4),
         "adam_learning_rate": learning_rates[int(adam.argmin())],
     }
-    if constants.nominal != "none":
+    if constants is not None and constants.nominal != "none":
         fresh["nominal_loss"] = round(float(nominal.mean()), 4)
     return fresh
 
@@ -525,6 +615,26 @@ def check(config: Config) -> None:
         raise UserError(
             f"--truncation {config.truncation} does not divide --horizon {config.horizon}"
         )
+    for name in ("unroll", "start_unroll"):
+        steps, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if steps is None:
+            continue
+        if steps < 1 or steps % config.truncation:
+            raise UserError(
+                f"{flag} {steps} is not whole windows of {config.truncation}"
+            )
+        if steps > config.horizon or steps > (config.unroll or config.truncation):
+            raise UserError(f"{flag} {steps} is longer than --horizon or --unroll")
+    if not 0 <= config.jitter < 1:
+        raise UserError("--jitter must be in 0 .. 1")
+    if config.jitter and config.unroll is None:
+        raise UserError("--jitter varies --unroll, which is not given")
+    if not 0 <= config.meta_beta1 < 1:
+        raise UserError("--meta-beta1 must be in 0 .. 1")
+    if config.estimator == "merged" and config.particles < 2:
+        raise UserError("--estimator merged needs at least 2 --particles for variances")
+    if config.beta3 is not None and config.optimizer in lopts.LEARNED:
+        raise UserError(f"--beta3 is STAR's; {config.optimizer} has none")
     if config.warmup >= config.steps:
         raise UserError("--warmup must be below --steps")
     if config.resume and config.init:
@@ -583,7 +693,8 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
         if pending:
             seconds = log.add(pending)
             step, _, grad_norm, *_ = log.rows[-1]
-            rate = 2 * config.particles * config.truncation / seconds
+            windows = float(unroll_at(config, step))
+            rate = 2 * config.particles * config.truncation * windows / seconds
             left = clock((config.steps - step) * seconds)
             print(
                 f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "

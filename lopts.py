@@ -1,0 +1,160 @@
+"""Other learned optimizers, as the same three functions as STAR: init_theta, init, update.
+
+`mlp`: the optimizer of Metz et al. 2019 (appendix D.1), a network on every parameter by
+itself. `hand_designed`: any optax optimizer whose hyperparameters are theta, so that they
+are meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
+
+The file stands alone: copy it. It needs jax, numpy and optax. Write-ups in shape comments:
+P the shape of one parameter tensor, F features, M momentum timescales, H hidden units.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class LearnedOptimizer(NamedTuple):
+    init_theta: Callable  # key -> theta
+    init: Callable  # params -> state
+    update: (
+        Callable  # (theta, grads, state, params) -> (updates, state); they are added
+    )
+
+
+# --- Metz et al. 2019, appendix D.1
+
+MOMENTUM_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
+TIMESCALES = tuple(np.geomspace(3, 300_000, 9).tolist())  # inner steps, log-spaced
+HIDDEN = 32
+STEP_SCALE = MAGNITUDE_SCALE = 1e-3
+NORMALIZER_EPS = 1e-5
+
+
+class MLPState(NamedTuple):
+    momenta: (
+        Any  # like params, leaves (M, *P): exponential moving averages of gradients
+    )
+    step: jax.Array  # () int32, updates done
+
+
+def mlp(momentum=True, time=True) -> LearnedOptimizer:
+    """Metz et al. 2019, D.1: 16 features, 32 ReLU units, 610 meta-parameters.
+
+        update = -1e-3 o_2 exp(1e-3 o_1),  (o_1, o_2) = network(features)
+    Features of each parameter: the gradient, the parameter, 5 momenta of the gradient,
+    each divided by its root mean square over the tensor; tanh(t / tau - 1) for 9 tau.
+    momentum, time: False leaves these features out (the ablations of figure 8).
+
+    Deviation: the paper says "about 1k parameters"; its features as listed make 610. The
+    timescales are log-spaced from 3 to 300,000 as the text says; the authors' public code
+    has 3, 10, 30, ... and leaves two out.
+    """
+    decays = np.array(MOMENTUM_DECAYS if momentum else (), np.float32)
+    timescales = np.array(TIMESCALES if time else (), np.float32)
+    plain = 2 + len(decays)
+
+    def init_theta(key):
+        """Truncated normals of deviation 1 / sqrt(fan in); biases 0."""
+        key0, key1 = jax.random.split(key)
+
+        def weights(key, shape):
+            draw = jax.random.truncated_normal(key, -2.0, 2.0, shape)
+            return draw / math.sqrt(shape[0])
+
+        return {
+            "w0": weights(key0, (plain + len(timescales), HIDDEN)),
+            "b0": jnp.zeros(HIDDEN),
+            "w1": weights(key1, (HIDDEN, 2)),
+            "b1": jnp.zeros(2),
+        }
+
+    def init(params):
+        def zeros(p):
+            return jnp.zeros((len(decays), *p.shape), p.dtype)
+
+        return MLPState(jax.tree.map(zeros, params), jnp.zeros((), jnp.int32))
+
+    def update(theta, grads, state, params):
+        time_features = jnp.tanh(state.step / timescales - 1)
+        # the same for every parameter: they are a bias
+        bias = theta["b0"] + time_features @ theta["w0"][plain:]
+
+        def accumulate(g, m):
+            decay = decays.reshape(-1, *[1] * g.ndim)
+            return decay * m + (1 - decay) * g[None]
+
+        def one(g, m, p):
+            x = jnp.concatenate([g[None], p[None], m]).reshape(plain, -1)  # (F, size)
+            x = x * jax.lax.rsqrt(NORMALIZER_EPS + (x * x).mean(1, keepdims=True))
+            hidden = jax.nn.relu(theta["w0"][:plain].T @ x + bias[:, None])  # (H, size)
+            magnitude, direction = theta["w1"].T @ hidden + theta["b1"][:, None]
+            step = STEP_SCALE * direction * jnp.exp(MAGNITUDE_SCALE * magnitude)
+            return -step.reshape(p.shape)
+
+        momenta = jax.tree.map(accumulate, grads, state.momenta)
+        updates = jax.tree.map(one, grads, momenta, params)
+        return updates, MLPState(momenta=momenta, step=state.step + 1)
+
+    return LearnedOptimizer(init_theta, init, update)
+
+
+# --- hand-designed optimizers with learned hyperparameters
+
+DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1); all others are above 0
+
+
+def encode(hyperparameters: dict) -> dict:
+    """Values -> theta: log of what is above 0, logit of a decay, each () float32."""
+
+    def one(name, value):
+        x = math.log(value / (1 - value)) if name in DECAYS else math.log(value)
+        return jnp.float32(x)
+
+    return {name: one(name, value) for name, value in hyperparameters.items()}
+
+
+def decode(theta: dict) -> dict:
+    """theta -> values: the inverse of `encode`."""
+    return {
+        k: jax.nn.sigmoid(x) if k in DECAYS else jnp.exp(x) for k, x in theta.items()
+    }
+
+
+def from_optax(make: Callable, start: dict) -> LearnedOptimizer:
+    """make(**theta) -> optax.GradientTransformation, theta from `start`: {name: float}."""
+
+    def update(theta, grads, state, params):
+        return make(**theta).update(grads, state, params)
+
+    return LearnedOptimizer(
+        init_theta=lambda key: {name: jnp.float32(x) for name, x in start.items()},
+        init=lambda params: make(**start).init(params),
+        update=update,
+    )
+
+
+def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
+    """make(**hyperparameters) with theta their logs and logits, so that theta is free.
+
+    hand_designed(optax.adam, learning_rate=1e-3, b1=0.9) learns these two.
+    """
+
+    def decoded(**theta):
+        return make(**decode(theta))
+
+    return from_optax(decoded, {k: float(x) for k, x in encode(start).items()})
+
+
+LEARNED = {
+    "mlp": mlp(),
+    "mlp_no_momentum": mlp(momentum=False),
+    "mlp_no_time": mlp(time=False),
+    "sgd": hand_designed(optax.sgd, learning_rate=0.1),
+    "momentum": hand_designed(optax.sgd, learning_rate=0.03, momentum=0.9),
+    "adam": hand_designed(optax.adam, learning_rate=1e-3, b1=0.9, b2=0.999),
+}
