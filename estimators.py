@@ -57,7 +57,8 @@ class ParticleState(NamedTuple):
 def unroll(fresh: Callable, step: Callable, length: int, loss_limit=None) -> Unroll:
     """The unroll of `length` = K steps of step: (theta, carry, key) -> (carry, loss ()).
 
-    loss_limit: passed to `clip_loss`, so that no loss is above it or nan.
+    loss_limit: passed to `clip_loss`, so that no loss is above it or nan. Backpropagation
+    keeps what each step computed; a `jax.checkpoint(step)` keeps the carries alone.
     """
 
     def run(theta, carry, key):
@@ -192,9 +193,9 @@ def inverse_variance_mean(grads: dict[str, Any], floor: float = 1e-6):
 
     An estimator with a nan or inf among its N values of an entry has weight 0 there; if
     none is left the entry is 0. floor: this share of an estimator's largest value is added
-    to its s, so that estimators without any spread share evenly. Mean and variance come from the
-    same samples (as in the paper), so the weights are not independent of what they weigh:
-    a bias that falls with N.
+    to its s, so that estimators without any spread share evenly. Mean and variance come
+    from the same samples (as in the paper), so the weights are not independent of what
+    they weigh: a bias that falls with N.
     """
     names = tuple(grads)
 

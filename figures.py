@@ -12,6 +12,7 @@ import jax
 import matplotlib
 import numpy as np
 
+import figures_metz
 import figures_nqm
 import star
 from baselines import with_beta3
@@ -73,7 +74,11 @@ def _betas(args):
     return result, f"{title}: {about['dataset']}", about
 
 
-FIGURES = {"betas": (_betas, plot_betas)} | figures_nqm.FIGURES
+FIGURES = {
+    "betas": (_betas, plot_betas),
+    **figures_nqm.FIGURES,
+    **figures_metz.FIGURES,
+}
 
 
 def _finite(values):
