@@ -12,6 +12,7 @@ import jax
 import matplotlib
 import numpy as np
 
+import figures_estimators
 import figures_metz
 import figures_nqm
 import star
@@ -78,6 +79,7 @@ FIGURES = {
     "betas": (_betas, plot_betas),
     **figures_nqm.FIGURES,
     **figures_metz.FIGURES,
+    **figures_estimators.FIGURES,
 }
 
 
