@@ -1,4 +1,4 @@
-"""Find, download and verify Fashion-MNIST, or draw a stand-in for it.
+"""Find, download and verify Fashion-MNIST and MNIST, or draw a stand-in for them.
 
 The images stay uint8; a task divides by 255.  A data set is one `DataSet` row, one
 function that reads its files, and one that makes its stand-in; `locate` does the
@@ -77,6 +77,22 @@ FASHION_MNIST = DataSet(
     classes=10,
     checksum="82d70dcdc5da191d",
 )
+MNIST_FILES = (
+    ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", (60000, 28, 28)),
+    ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", (60000,)),
+    ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", (10000, 28, 28)),
+    ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", (10000,)),
+)
+MNIST = DataSet(
+    name="mnist",
+    files=tuple(File(*row) for row in MNIST_FILES),
+    addresses=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    classes=10,
+    checksum="2eb4d82c94e1e65a",
+)
 
 
 def log_to_stderr(text):
@@ -91,10 +107,19 @@ def fashion_mnist(source="auto", data_dir=None, log=log_to_stderr):
     cache, else downloads into the cache.  `log` gets each text meant for the user.
     Raises DataError: nothing or damaged files where the user pointed; "real" not found.
     """
-    folder = locate(FASHION_MNIST, source, data_dir, log)
+    return idx_images(FASHION_MNIST, source, data_dir, log)
+
+
+def mnist(source="auto", data_dir=None, log=log_to_stderr):
+    """MNIST as `Images`, found as `fashion_mnist` finds its own; the same stand-in."""
+    return idx_images(MNIST, source, data_dir, log)
+
+
+def idx_images(data_set, source, data_dir, log):
+    folder = locate(data_set, source, data_dir, log)
     if folder is None:
-        return fashion_mnist_stand_in()
-    return read_idx_images(FASHION_MNIST, folder, log)
+        return fashion_mnist_stand_in(data_set=data_set)
+    return read_idx_images(data_set, folder, log)
 
 
 def read_idx_images(data_set, folder, log):
@@ -333,8 +358,8 @@ SILHOUETTES = (
 SIDE, VARIANTS = 56, 128  # of a template: pixels a side, and how many a class
 
 
-def fashion_mnist_stand_in(train=60000, test=10000):
-    """`Images` drawn from a fixed seed: ten silhouettes instead of Fashion-MNIST.
+def fashion_mnist_stand_in(train=60000, test=10000, data_set=FASHION_MNIST):
+    """`Images` drawn from a fixed seed: ten silhouettes instead of the `data_set`.
 
     The same bytes on every machine: the stream of RandomState is frozen for good, and
     no operation but the exactly rounded ones is used (no sine, no matrix product).
@@ -346,7 +371,7 @@ def fashion_mnist_stand_in(train=60000, test=10000):
         labels = rng.permutation(np.arange(n) % len(SILHOUETTES)).astype(np.uint8)
         chunks = np.split(labels, range(500, n, 500))  # 500 images fit a CPU's cache
         arrays += [np.concatenate([draw(rng, templates, c) for c in chunks]), labels]
-    return as_images(FASHION_MNIST, f"{FASHION_MNIST.name} stand-in", arrays)
+    return as_images(data_set, f"{data_set.name} stand-in", arrays)
 
 
 def uniform(rng, low, high, shape):

@@ -69,8 +69,13 @@ def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Sp
 
 def pool_to_8x8(images: np.ndarray) -> np.ndarray:
     """(n, 28, 28, 1) uint8 -> (n, 8, 8, 1) uint8: a margin of 2, then means of 4 x 4."""
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    blocks = padded.reshape(len(images), 8, 4, 8, 4, 1)
+    return pool(np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), 4)
+
+
+def pool(images: np.ndarray, block: int) -> np.ndarray:
+    """(n, h, w, c) uint8 -> (n, h / block, w / block, c) uint8, the means of blocks."""
+    n, h, w, c = images.shape
+    blocks = images.reshape(n, h // block, block, w // block, block, c)
     return np.round(blocks.mean((2, 4))).astype(np.uint8)
 
 
@@ -196,9 +201,9 @@ def quadratic() -> Task:
     )
 
 
-def _load_fashion_mnist(transform=lambda x: x, arrange=lambda splits: splits):
+def _load_images(name: str, transform=lambda x: x, arrange=lambda splits: splits):
     def load(source="auto", data_dir=None) -> tuple[Any, dict]:
-        images = datasets.fashion_mnist(source, data_dir)
+        images = getattr(datasets, name)(source, data_dir)
         about = {
             "dataset": images.name,
             "dataset_checksum": images.checksum,
@@ -219,20 +224,24 @@ def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
 
 TASKS: dict[str, TaskSpec] = {
     "fmnist": TaskSpec(
-        load=_load_fashion_mnist(),
+        load=_load_images("fashion_mnist"),
         build=lambda data, key: mlp_classifier(data, (128, 128)),
     ),
     "fmnist_small": TaskSpec(
-        load=_load_fashion_mnist(pool_to_8x8),
+        load=_load_images("fashion_mnist", pool_to_8x8),
         build=lambda data, key: mlp_classifier(data, (32,)),
     ),
     "fmnist_classes": TaskSpec(
-        load=_load_fashion_mnist(arrange=by_class),
+        load=_load_images("fashion_mnist", arrange=by_class),
         build=lambda data, key: class_family(data, key, (128, 128)),
     ),
     "fmnist_classes_small": TaskSpec(
-        load=_load_fashion_mnist(pool_to_8x8, by_class),
+        load=_load_images("fashion_mnist", pool_to_8x8, by_class),
         build=lambda data, key: class_family(data, key, (32,)),
+    ),
+    "mnist_small": TaskSpec(  # "FC 2x32 on 14x14 MNIST" of Metz et al. 2019, appendix F
+        load=_load_images("mnist", lambda images: pool(images, 2)),
+        build=lambda data, key: mlp_classifier(data, (32, 32)),
     ),
     "quadratic": TaskSpec(load=_load_nothing, build=lambda data, key: quadratic()),
 }

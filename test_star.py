@@ -553,6 +553,10 @@ estimator, theta = m.population(m.pes(problem, 2, 0.1), 2), jax.numpy.ones(6)[0]
 state = estimator.init(jax.random.key(0), theta)
 print(estimator.estimate(jax.random.key(1), theta, state)[0].size + 5)
 """
+USE_LOPTS = """
+o, p = m.LEARNED["mlp"], {"w": jax.numpy.ones((2, 3))}
+print(o.update(o.init_theta(jax.random.key(0)), p, o.init(p), p)[0]["w"].size)
+"""
 USE_NQM = """
 import numpy
 check = m.check(m.H, numpy.zeros((2, 2)), 0.5)
@@ -563,7 +567,12 @@ print(6 if check.radius < 1 and abs(loss - 1.608) < 1e-3 else check)
 
 @pytest.mark.parametrize(
     "name, use",
-    [("star.py", USE_STAR), ("estimators.py", USE_ESTIMATORS), ("nqm.py", USE_NQM)],
+    [
+        ("star.py", USE_STAR),
+        ("estimators.py", USE_ESTIMATORS),
+        ("nqm.py", USE_NQM),
+        ("lopts.py", USE_LOPTS),
+    ],
 )
 def test_file_stands_alone(name, use, tmp_path):
     """Copied into an empty folder, the module imports and works."""

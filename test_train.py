@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import inner
+import lopts
 import star
 import store
 import tasks
@@ -26,6 +27,7 @@ import train
 from baselines import BASELINES, best_rate, rates
 
 HERE = pathlib.Path(__file__).resolve().parent
+KEY = jax.random.key(0)
 TINY = (
     "--task quadratic --steps 12 --horizon 20 --truncation 5 --particles 2 "
     "--checkpoint-every 4 --log-every 2"
@@ -194,6 +196,13 @@ def files(finished, tmp_path_factory):
     blackbox = star.PRESETS["blackbox"].init_theta(jax.random.key(0))
     card = {"constants": star.CONSTANTS["blackbox"]._asdict()}
     star.save_theta(folder / "blackbox.npz", blackbox, card)
+    mlp = lopts.mlp().init_theta(KEY)
+    star.save_theta(folder / "mlp.npz", mlp, {"optimizer": "mlp"})
+    short = mlp | {"w0": mlp["w0"][:3]}
+    star.save_theta(folder / "mlp-short.npz", short, {"optimizer": "mlp"})
+    star.save_theta(
+        folder / "mlp-nan.npz", mlp | {"b0": mlp["b0"] * jnp.nan}, {"optimizer": "mlp"}
+    )
     lion = {"constants": {"nominal": "lion"}}
     star.save_theta(folder / "lion.npz", blackbox, lion)
     (folder / "file").write_text("a file where a folder should be")
@@ -221,6 +230,17 @@ BAD_TRAIN = [
     ("--sigma", "nan"),
     ("--meta-lr", "-1"),
     ("--average", "1"),
+    ("--unroll", "7"),
+    ("--unroll", "2000"),
+    ("--unroll", "10", "--start-unroll", "20"),
+    ("--jitter", "0.2"),
+    ("--unroll", "10", "--jitter", "1.5"),
+    ("--meta-beta1", "1"),
+    ("--objective", "test"),
+    ("--optimizer", "mlp", "--beta3", "1e-5"),
+    ("--estimator", "merged", "--particles", "1"),
+    ("--optimizer", "sgd", "--init", "{finished}/theta.npz"),
+    ("--init", "{files}/mlp.npz"),
     ("--warmup", "12"),
     ("--seed", "-1"),
     ("--seed", "9999999999999999999"),
@@ -248,6 +268,8 @@ BAD_EVAL = [
     ("--theta", "{files}/text.npz"),
     ("--theta", "{files}/foreign.npz"),
     ("--theta", "{files}/lion.npz"),
+    ("--theta", "{files}/mlp-short.npz"),
+    ("--theta", "{files}/mlp-nan.npz"),
     ("--steps", "0"),
     ("--seeds", "0"),
     ("--figure", "99"),
@@ -304,7 +326,7 @@ def test_a_diverging_optimizer_does_not_stop_the_run(tmp_path):
     assert all(np.isfinite(x).all() for x in theta.values())
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["meta_loss"]) for row in csv.DictReader(file)]
-    assert max(losses) <= tasks.quadratic({}).loss_limit
+    assert max(losses) <= tasks.quadratic().loss_limit
 
 
 def test_paper_preset_has_the_papers_settings():
@@ -382,6 +404,121 @@ def test_meta_step_compiles_once_with_a_curriculum():
     assert done[3] == [1, 2] and done[6] == [1, 3]  # from 0, 1 of 2 and from 0, 2 of 4
 
 
+# Metz et al. 2019: other optimizers, longer unrolls, other objectives.
+
+
+METZ = (
+    "--task quadratic --preset metz --steps 12 --horizon 20 --truncation 5 --particles 2 "
+    "--unroll 10 --checkpoint-every 4"
+).split()
+
+
+def test_metz_preset_runs_and_is_evaluated(tmp_path, capsys):
+    """Algorithm 1 on the MLP optimizer: its files and card, and eval.py on its theta."""
+    whole = tmp_path / "whole"
+    assert command(*METZ, "--out", whole) == 0
+    card = json.loads((whole / "theta.json").read_text())
+    assert card["optimizer"] == "mlp" and card["constants"] == {}
+    assert "nominal_loss" not in card and card["fresh_loss"] > 0
+    halves = np.linspace(1, 2, 13)[:12].sum()  # windows, growing from 1 to 2
+    assert card["inner_steps"] == round(halves * 5 * 2 * 2)
+    argv = "--task quadratic --steps 10 --seeds 2 --baselines".split()
+    files = ["", "--theta", whole / "theta.npz", "--out", tmp_path / "eval"]
+    assert command(*argv, *files, program=evaluation) == 0
+    assert "mlp (whole)" in capsys.readouterr().out
+
+
+def test_learned_momentum_gets_better():
+    """`--optimizer momentum --estimator merged` on the quadratic: rate and momentum that
+    start too small end with less than half of the loss."""
+    argv = (
+        "--task quadratic --preset metz --optimizer momentum --steps 120 --horizon 40"
+    )
+    argv += " --truncation 10 --unroll 40 --particles 8 --meta-lr 0.05"
+    config = train.parse(argv.split())
+    state = train.init_state(config, {})
+    step = train.compile_meta_step(config, {}, state)
+    slow = lopts.encode({"learning_rate": 0.002, "momentum": 0.5})
+    state, losses = state._replace(theta=slow), []
+    for _ in range(config.steps):
+        state, metrics = step({}, jax.random.key(1), state)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("growth", ["linear", "log", "constant"])
+def test_unroll_grows_as_told(growth):
+    """From 50 to 1,600 inner steps over half of 100 meta-steps, then no more."""
+    argv = f"--unroll 1600 --unroll-growth {growth} --steps 100 --curriculum 0.5"
+    config = train.parse(argv.split())
+    windows = [float(train.unroll_at(config, s)) for s in (0, 25, 50, 99)]
+    middle = {"linear": 16.5, "log": 32**0.5, "constant": 32.0}[growth]
+    start = 32.0 if growth == "constant" else 1.0
+    assert windows == pytest.approx([start, middle, 32, 32])
+
+
+def test_jitter_varies_the_unroll_within_its_share():
+    """+-20 % of 100 windows: evenly between 80 and 120, each meta-step anew."""
+    argv = "--truncation 5 --unroll 500 --jitter 0.2 --unroll-growth constant"
+    config = train.parse(argv.split())
+    keys = jax.random.split(KEY, 500)
+    drawn = jax.vmap(lambda key: train.unroll_drawn(config, 0, key, 120))(keys)
+    assert drawn.min() in (80, 81) and drawn.max() in (119, 120)
+    assert abs(float(drawn.mean()) - 100) < 6 * 40 / 12**0.5 / 500**0.5
+    assert int(train.unroll_drawn(config, 0, None, 120)) == 100
+
+
+@pytest.mark.parametrize("objective", ["fresh", "valid"])
+def test_objective_is_the_loss_after_the_update(objective, small_task):
+    """Equation 3 on a batch of its own split, at the parameters the update made."""
+    build, data = small_task
+    fresh, step = inner.inner_training(
+        lambda key: build(data, key), BASELINES["sgd"], objective
+    )
+    carry, theta = fresh(KEY), {"learning_rate": jnp.float32(0.5)}
+    after, loss = step(theta, carry, jax.random.key(1))
+    _, plain = inner.inner_training(lambda key: build(data, key), BASELINES["sgd"])
+    same, before = plain(theta, carry, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, after, same)
+    task = build(data, KEY)
+    batch_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(1), 1))
+    split = {"fresh": "train", "valid": "valid"}[objective]
+    expected = task.loss(after.params, KEY, task.batch(batch_key, split))
+    assert loss == pytest.approx(float(expected), rel=1e-6) and loss != before
+
+
+def test_family_of_tasks_draws_its_classes(use_stand_in):
+    """Five classes of ten in an order of their own; labels name the drawn class, and a
+    run keeps its member to the end."""
+    spec = tasks.TASKS["fmnist_classes_small"]
+    data, _ = spec.load()
+    task, other = (spec.build(data, jax.random.key(i)) for i in (0, 1))
+    x, y = task.batch(jax.random.key(5), "train")
+    assert set(np.unique(y)) <= set(range(5)) and task.loss_limit == 1.5 * np.log(5)
+    by_picture = {
+        picture.tobytes(): c
+        for c, pictures in enumerate(np.asarray(data["train"]))
+        for picture in pictures
+    }
+    raw = np.round(np.asarray(x) * 255).astype(np.uint8)
+    classes = [by_picture[picture.tobytes()] for picture in raw]
+    names = {(int(label), c) for label, c in zip(y, classes, strict=True)}
+    assert len(names) == len({c for _, c in names}) == len(set(np.unique(y)))
+    x2, y2 = other.batch(jax.random.key(5), "train")
+    assert (np.asarray(x) != np.asarray(x2)).any()
+    params = task.init(KEY)
+    assert params[-1]["b"].shape == (5,)
+    assert float(task.evaluate(params)["test_loss"]) == pytest.approx(
+        np.log(5), abs=0.4
+    )
+    fresh, step = inner.inner_training(
+        lambda key: spec.build(data, key), BASELINES["sgd"]
+    )
+    carry = fresh(jax.random.key(1))
+    after, _ = step({"learning_rate": jnp.float32(0.1)}, carry, KEY)
+    np.testing.assert_array_equal(after.member, jax.random.key_data(jax.random.key(1)))
+
+
 # Tasks and inner training.
 
 
@@ -389,7 +526,7 @@ def test_fmnist_has_the_papers_network(use_stand_in):
     """784-128-128-10: 118,282 parameters; the small task 8x8-32-10: 2,410."""
     for name, count in (("fmnist", 118_282), ("fmnist_small", 2_410)):
         data, _ = tasks.TASKS[name].load()
-        params = tasks.TASKS[name].build(data).init(jax.random.key(0))
+        params = tasks.TASKS[name].build(data, KEY).init(KEY)
         assert sum(p.size for p in jax.tree.leaves(params)) == count
 
 
@@ -410,7 +547,7 @@ def test_split_is_80_10_of_the_training_images(stand_in, small_task):
 def test_batches_depend_on_the_key_alone(small_task):
     """Same key, same batch; pictures are uint8 / 255 with their own labels."""
     build, data = small_task
-    task = build(data)
+    task = build(data, KEY)
     (x, y), (x2, y2) = (task.batch(jax.random.key(3), "train") for _ in range(2))
     np.testing.assert_array_equal(x, x2)
     np.testing.assert_array_equal(y, y2)
@@ -431,7 +568,7 @@ def test_batches_depend_on_the_key_alone(small_task):
 def test_initial_loss_is_near_chance(small_task):
     """A fresh network knows nothing: the loss is about ln 10, and so is the test loss."""
     build, data = small_task
-    task = build(data)
+    task = build(data, KEY)
     params = task.init(jax.random.key(0))
     loss = task.loss(params, jax.random.key(1), task.batch(jax.random.key(2), "train"))
     assert float(loss) == pytest.approx(np.log(10), abs=0.35)
@@ -447,7 +584,7 @@ def test_initial_loss_is_near_chance(small_task):
 
 def test_quadratic_is_equation_4():
     """The loss is (phi - xi)' H (phi - xi) / 2: its mean, its gradient's mean H phi."""
-    task = tasks.quadratic({})
+    task = tasks.quadratic()
     phi = jnp.asarray([0.7, -1.3])
     keys = jax.random.split(jax.random.key(0), 20_000)
 
@@ -467,7 +604,7 @@ def test_quadratic_is_equation_4():
 def test_curves_equal_a_plain_loop(small_task):
     """curves() is optax's own loop, for each learning rate and seed, in any chunks."""
     build, data = small_task
-    task = build(data)
+    task = build(data, KEY)
     keys = jax.random.split(jax.random.key(5), 2)
     result = inner.curves(
         build, data, BASELINES["adam"], rates([1e-3, 1e-2]), keys, 5, chunk=3

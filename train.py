@@ -209,6 +209,15 @@ def unroll_at(config: Config, step):
     }[config.unroll_growth]
 
 
+def unroll_drawn(config: Config, step, key, most: int):
+    """`unroll_at` with the jitter that the key draws (none without one): () int32."""
+    jitter = 0.0
+    if key is not None:
+        jitter = config.jitter * jax.random.uniform(key, (), minval=-1.0)
+    windows = jnp.round(unroll_at(config, step) * (1 + jitter))
+    return jnp.clip(windows, 1, most).astype(jnp.int32)
+
+
 def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
     """Task x optimizer -> unroll -> one pair -> N pairs; data, step, key may be traced.
 
@@ -224,15 +233,9 @@ def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estima
     limit = build(jax.random.key(0)).loss_limit
     problem = estimators.unroll(fresh, step_fn, config.truncation, limit)
     if config.unroll is not None:
-        jitter = (
-            0.0
-            if key is None
-            else config.jitter * jax.random.uniform(key, (), minval=-1)
-        )
-        length = jnp.round(unroll_at(config, step) * (1 + jitter))
         most = math.ceil(config.unroll / config.truncation * (1 + config.jitter))
-        length = jnp.clip(length, 1, most).astype(jnp.int32)
-        problem = estimators.several(problem, length, most)
+        windows = unroll_drawn(config, step, key, most)
+        problem = estimators.several(problem, windows, most)
     pair = ESTIMATORS[config.estimator](
         problem, windows_at(config, step), config.sigma, batching()
     )
