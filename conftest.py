@@ -1,6 +1,7 @@
 """Strict JAX and a deterministic hypothesis for all tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
 
@@ -11,6 +12,12 @@ import pytest
 import data as datasets
 from tasks import TASKS
 
+# Many tests start the same program anew, some in a process of their own: compile it once.
+CACHE = tempfile.TemporaryDirectory(prefix="star-jax-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "star",

@@ -15,6 +15,7 @@ import numpy as np
 import figures_estimators
 import figures_metz
 import figures_nqm
+import figures_truncation
 import star
 from baselines import with_beta3
 from inner import curves
@@ -79,6 +80,7 @@ FIGURES = {
     "betas": (_betas, plot_betas),
     **figures_nqm.FIGURES,
     **figures_metz.FIGURES,
+    **figures_truncation.FIGURES,
     **figures_estimators.FIGURES,
 }
 

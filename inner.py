@@ -49,14 +49,14 @@ def inner_training(build, optimizer, objective="train") -> tuple[Callable, Calla
 
     def step(theta, carry, key):
         task = build(jax.random.wrap_key_data(carry.member))
-        batch_key, loss_key = jax.random.split(key)
+        batch_key, loss_key, outer_batch_key, outer_loss_key = jax.random.split(key, 4)
         batch = task.batch(batch_key, "train")
         loss, grads = jax.value_and_grad(task.loss)(carry.params, loss_key, batch)
         updates, state = optimizer.update(theta, grads, carry.optimizer, carry.params)
         params = jax.tree.map(lambda p, u: p + u, carry.params, updates)
         if split is not None:
-            batch_key, loss_key = jax.random.split(jax.random.fold_in(key, 1))
-            loss = task.loss(params, loss_key, task.batch(batch_key, split))
+            batch = task.batch(outer_batch_key, split)
+            loss = task.loss(params, outer_loss_key, batch)
         return carry._replace(params=params, optimizer=state), loss
 
     return fresh, step

@@ -4,12 +4,12 @@
 itself. `hand_designed`: any optax optimizer whose hyperparameters are theta, so that they
 are meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
 
-The file stands alone: copy it. It needs jax, numpy and optax. Write-ups in shape comments:
-P the shape of one parameter tensor, F features, M momentum timescales, H hidden units.
+The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the shape of one parameter tensor, F features, M momentum timescales, H hidden units.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -150,11 +150,14 @@ def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
     return from_optax(decoded, {k: float(x) for k, x in encode(start).items()})
 
 
+# A gradient of exactly 0 (a dark pixel's) has no derivative under a root without eps.
+ADAM = partial(optax.adam, eps_root=1e-8)
+
 LEARNED = {
     "mlp": mlp(),
     "mlp_no_momentum": mlp(momentum=False),
     "mlp_no_time": mlp(time=False),
     "sgd": hand_designed(optax.sgd, learning_rate=0.1),
     "momentum": hand_designed(optax.sgd, learning_rate=0.03, momentum=0.9),
-    "adam": hand_designed(optax.adam, learning_rate=1e-3, b1=0.9, b2=0.999),
+    "adam": hand_designed(ADAM, learning_rate=1e-3, b1=0.9, b2=0.999),
 }

@@ -10,7 +10,7 @@ the model to the claims, in the paper's order:
     spectral radius of A below 1                         `theorem_1`, `lemma_2`, `lemma_3`
 
 U is the matrix that multiplies the gradient; whatever an intervention does (nominal term,
-preconditioner, disturbance, weight decay) it does to U, so that functions here take U.
+preconditioner, disturbance, weight decay) it does to U, so that most functions take U.
 
 Functions are written for one problem; `jax.vmap` them over U, alpha or keys. Those of
 linear algebra alone (`system`, the bounds) answer numpy with numpy, in float64; for the
@@ -298,7 +298,7 @@ def exact_alpha(h, p) -> Interval:
     -lambda_min(P) <= alpha <= lambda_min(2 H^-1 - P). Empty if low > high.
     """
     high = np.linalg.eigvalsh(2 * power(h, -1) - p)[0]
-    return Interval(float(-np.linalg.eigvalsh(p)[0]), float(high))
+    return Interval(float(0.0 - np.linalg.eigvalsh(p)[0]), float(high))
 
 
 def limit_loss(linear: System, model: Model) -> float:
@@ -311,7 +311,8 @@ def limit_loss(linear: System, model: Model) -> float:
     """
     a, b, noise, h = (np.asarray(x, float) for x in (*linear, model.noise, model.h))
     if spectral_radius(a) >= 1:
-        raise ValueError(f"spectral radius {spectral_radius(a):.6g}: there is no limit")
+        rho = spectral_radius(a)
+        raise ValueError(f"spectral radius {rho:.6g}: the start is never forgotten")
     d, n = b.shape
     drive = (b @ noise @ b.T).reshape(d * d)
     cov = np.linalg.solve(np.eye(d * d) - np.kron(a, a), drive).reshape(d, d)
@@ -329,7 +330,10 @@ class Check(NamedTuple):
     symmetric: bool  # P is symmetric, so that Theorem 1 applies
     bound: Interval  # Theorem 1's, for the eigenvalues of P
     broken: tuple[str, ...]  # of "(9)", "(10)": which of its bounds P breaks
-    mend: Interval | None  # the alphas that keep A stable; None if there is none
+    mend: (
+        Interval | None
+    )  # alphas that keep A stable: all of them for symmetric P, else
+    # the first stable stretch of a grid of 4,001; None if none was found
 
 
 def check(h, p, alpha: float) -> Check:
@@ -342,11 +346,11 @@ def check(h, p, alpha: float) -> Check:
         raise ValueError(f"H {h.shape} and P {p.shape} must be square and of one size")
     if not (np.isfinite(h).all() and np.isfinite(p).all() and np.isfinite(alpha)):
         raise ValueError("H, P and alpha must be finite")
-    if not np.allclose(h, h.T) or np.linalg.eigvalsh(h)[0] <= 0:
+    if not _symmetric(h) or np.linalg.eigvalsh(h)[0] <= 0:
         raise ValueError("H must be symmetric and positive definite")
     values = np.linalg.eigvals(system(nominal_plus(p, alpha), h).a)
     values = values[np.argsort(-np.abs(values))]
-    symmetric, bound = np.allclose(p, p.T), theorem_1(h, alpha)
+    symmetric, bound = _symmetric(p), theorem_1(h, alpha)
     own = np.linalg.eigvals(p).real
     sides = {"(9)": own.min() < bound.low, "(10)": own.max() > bound.high}
     return Check(
@@ -357,6 +361,10 @@ def check(h, p, alpha: float) -> Check:
         broken=tuple(name for name, broken in sides.items() if broken),
         mend=_mend(h, p, symmetric),
     )
+
+
+def _symmetric(m) -> bool:
+    return np.abs(m - m.T).max(initial=0) <= 1e-9 * np.abs(m).max(initial=0)
 
 
 def _mend(h, p, symmetric: bool, points: int = 4001) -> Interval | None:
@@ -403,9 +411,11 @@ def explain(h, p, alpha: float) -> str:
             "P is not symmetric    so Theorem 1 does not apply; the radius decides"
         ]
     if found.mend is None:
-        return "\n".join([*lines, "no alpha mends it     shrink P (weight decay)"])
+        return "\n".join(
+            [*lines, "no alpha found        that mends it: shrink P (weight decay)"]
+        )
     return "\n".join(
-        [*lines, "stable for alpha in   [{:.4g}, {:.4g}]".format(*found.mend)]
+        [*lines, "stable for alpha in   [{:.6g}, {:.6g}]".format(*found.mend)]
     )
 
 
@@ -413,7 +423,7 @@ def parse_matrix(text: str) -> np.ndarray:
     """ "[[1, 2], [3, 4]]" -> array. Raises ValueError."""
     try:
         return np.array(ast.literal_eval(text), float)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, OverflowError):
         raise ValueError(f"not a matrix like [[1, 2], [3, 4]]: {text!r}") from None
 
 

@@ -95,7 +95,7 @@ class Trained(NamedTuple):
 def load_theta(path) -> Trained:
     """A theta of STAR or of `lopts.LEARNED`; UserError for whatever is wrong with it."""
     name = read_card(path).get("optimizer")
-    if name not in lopts.LEARNED:
+    if not isinstance(name, str) or name not in lopts.LEARNED:
         try:
             theta, constants = star.load_theta(path)
         except (OSError, ValueError) as error:

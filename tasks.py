@@ -169,7 +169,10 @@ def class_family(images: dict[str, jax.Array], key, hidden, classes=5) -> Task:
     In place of Metz et al. 2019, D.2 (ten-way subsets of 700 classes of ImageNet): no
     network can know beforehand what an output means. images: as `by_class` has them.
     """
-    chosen = jax.random.permutation(jax.random.fold_in(key, 1), CLASSES)[:classes]
+    member_key = jax.random.fold_in(
+        key, 1000
+    )  # apart from the children that init draws
+    chosen = jax.random.permutation(member_key, CLASSES)[:classes]
 
     def draw(key, split):
         bits = jax.random.bits(key, (2, BATCH_SIZE))

@@ -52,6 +52,10 @@ SMALL = OFFICIAL._replace(
     addresses=(),
     checksum=data.as_images(OFFICIAL, "", ARRAYS).checksum,
 )
+SMALL_MNIST = SMALL._replace(name="mnist")
+BOTH = pytest.mark.parametrize(
+    ("name", "load"), [("fashion-mnist", data.fashion_mnist), ("mnist", data.mnist)]
+)
 NAMES = [file.name for file in SMALL.files]
 
 
@@ -75,6 +79,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv("STAR_DATA", raising=False)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "FASHION_MNIST", SMALL)
+    monkeypatch.setattr(data, "MNIST", SMALL_MNIST)
     draw = functools.partial(data.fashion_mnist_stand_in, train=20, test=10)
     monkeypatch.setattr(data, "fashion_mnist_stand_in", draw)
     return tmp_path
@@ -110,7 +115,8 @@ def serve(home, monkeypatch):
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,)).start()
         host = f"http://127.0.0.1:{servers[-1].server_port}"
         addresses = tuple(f"{host}/{i}/" for i in range(len(sites)))
-        monkeypatch.setattr(data, "FASHION_MNIST", SMALL._replace(addresses=addresses))
+        for name, small in (("FASHION_MNIST", SMALL), ("MNIST", SMALL_MNIST)):
+            monkeypatch.setattr(data, name, small._replace(addresses=addresses))
         return requests
 
     yield start
@@ -180,26 +186,45 @@ def test_stand_in_test_set_repeats_no_training_image(stand_in):
     assert not any(image.tobytes() in train for image in stand_in.test_images)
 
 
-def test_stand_in_asked_for_needs_no_files(home):
+@BOTH
+def test_stand_in_asked_for_needs_no_files(home, name, load):
     """source="stand-in" looks at no folder and prints nothing."""
-    images = data.fashion_mnist("stand-in", home / "nowhere", log=pytest.fail)
-    assert images.stand_in
+    images = load("stand-in", home / "nowhere", log=pytest.fail)
+    assert (images.stand_in, images.name) == (True, f"{name} stand-in")
 
 
 # Finding files
 
 
-@pytest.mark.parametrize("inside", ["", "fashion-mnist"])
+@BOTH
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("source", "where"), EACH)
 def test_files_are_found_where_the_user_points(
-    home, monkeypatch, inside, source, where
+    home, monkeypatch, name, load, nested, source, where
 ):
-    """The files may lie in the folder pointed at, or in its fashion-mnist folder."""
-    write(home / "mine" / inside)
-    argument = point(monkeypatch, where, home / "mine")
-    images = data.fashion_mnist(source, argument, log=pytest.fail)
+    """The files may lie in the folder pointed at, or in the data set's folder there."""
+    write(home / "mine" / name if nested else home / "mine")
+    images = load(source, point(monkeypatch, where, home / "mine"), log=pytest.fail)
     assert is_small(images)
-    assert images.name == "fashion-mnist"
+    assert images.name == name
+
+
+def test_data_sets_with_the_same_file_names_lie_side_by_side(home):
+    """In one folder, each finds its own: fashion-mnist's here are MNIST's, reversed."""
+    swapped = {f: pack(a[::-1]) for f, a in zip(NAMES, ARRAYS, strict=True)}
+    write(home / "mine" / "mnist")
+    write(home / "mine" / "fashion-mnist", swapped)
+    assert is_small(data.mnist("real", home / "mine", log=pytest.fail))
+    assert not is_small(data.fashion_mnist("real", home / "mine", log=lambda _: None))
+
+
+@BOTH
+def test_a_copy_packed_differently_is_the_official_one(home, name, load):
+    """A user's copy goes by its contents, whatever its .gz: no note, one checksum."""
+    again = {f: gzip.compress(gzip.decompress(x), 1) for f, x in PACKED.items()}
+    assert all(again[f] != PACKED[f] for f in NAMES)
+    images = load("real", write(home / "mine", again), log=pytest.fail)
+    assert images.checksum == SMALL.checksum
 
 
 def test_argument_beats_variable_beats_cache(home, monkeypatch):
@@ -267,16 +292,50 @@ def test_images_cannot_be_changed(home):
         assert not any(array.flags.writeable for array in images[:4])
 
 
-@pytest.mark.skipif(
-    not os.path.isfile(Path(STAR_DATA, "fashion-mnist", NAMES[0])),
-    reason="$STAR_DATA holds no fashion-mnist",
+FASHION_COUNTS = [6000] * 10, [1000] * 10
+MNIST_COUNTS = (
+    [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+    [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
 )
-def test_official_files_have_the_pinned_checksum():
-    """The real data set reads to 6,000 and 1,000 images a class, under its checksum."""
-    images = data.fashion_mnist("real", STAR_DATA, log=pytest.fail)
-    assert images.checksum == OFFICIAL.checksum
-    assert (np.bincount(images.train_labels) == 6000).all()
-    assert (np.bincount(images.test_labels) == 1000).all()
+
+
+def official(name):
+    """The folder of the real files, or the test is skipped."""
+    folder = Path(STAR_DATA, name)
+    if not STAR_DATA or not os.path.isfile(folder / NAMES[0]):
+        pytest.skip(f"$STAR_DATA holds no {name}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("official_set", "load", "counts"),
+    [
+        (data.FASHION_MNIST, data.fashion_mnist, FASHION_COUNTS),
+        (data.MNIST, data.mnist, MNIST_COUNTS),
+    ],
+    ids=["fashion-mnist", "mnist"],
+)
+def test_official_files_have_the_pinned_checksum(official_set, load, counts):
+    """The real data sets read to the right number a class, under their checksums."""
+    official(official_set.name)
+    images = load("real", STAR_DATA, log=pytest.fail)
+    assert images.checksum == official_set.checksum
+    for labels, expected in zip(
+        (images.train_labels, images.test_labels), counts, strict=True
+    ):
+        assert np.bincount(labels).tolist() == expected
+
+
+def test_pinned_mnist_is_the_official_one_unpacked():
+    """What has MNIST's checksum has, unpacked, the MD5s of its official files."""
+    folder = official("mnist")
+    found = [hashlib.md5(gzip.decompress((folder / f).read_bytes())) for f in NAMES]
+    assert [md5.hexdigest() for md5 in found] == [
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    ]
 
 
 # Damaged files
@@ -357,12 +416,13 @@ def test_a_gzip_bomb_is_not_unpacked(scratch):
 # Downloads
 
 
-def test_a_download_lands_in_the_cache_and_is_found_again(serve, home):
+@BOTH
+def test_a_download_lands_in_the_cache_and_is_found_again(serve, home, name, load):
     """The second call reads the cache and asks no server."""
     requests = serve(PACKED)
-    assert is_small(data.fashion_mnist("auto", log=lambda _: None))
-    assert files_under(home) == sorted(NAMES)
-    assert is_small(data.fashion_mnist("real", log=pytest.fail))
+    assert is_small(load("auto", log=lambda _: None))
+    assert files_under(home / "cache" / "star" / name) == sorted(NAMES)
+    assert is_small(load("real", log=pytest.fail))
     assert requests == [(0, name) for name in NAMES]
 
 
@@ -469,13 +529,14 @@ def test_a_slow_name_lookup_costs_one_time_limit(home, monkeypatch):
     assert message.count("no answer within 0.1 s") == 2
 
 
-def test_without_any_source_auto_warns_and_draws(serve, home, capsys):
+@BOTH
+def test_without_any_source_auto_warns_and_draws(serve, home, capsys, name, load):
     """Offline, "auto" gives the stand-in under its own name after a loud warning."""
     serve({}, {})
-    images = data.fashion_mnist()
-    assert images.stand_in
+    images = load()
+    assert (images.stand_in, images.name) == (True, f"{name} stand-in")
     warning = capsys.readouterr().err
-    assert "WARNING: no fashion-mnist" in warning
+    assert f"WARNING: no {name}" in warning
     assert "STAND-IN" in warning
     assert warning.count("!" * 80) == 2
 

@@ -451,7 +451,8 @@ def smoothed_by_quadrature(rate, sigma):
 @pytest.mark.parametrize("name", UNBIASED)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_estimator_is_unbiased(problem, name):
-    """20 problems: the mean estimate is the gradient of the smoothed loss, z-score < 6.
+    """20 problems: the mean estimate is the gradient of the smoothed loss, z-score < 6 (in
+    the network, 2 % besides).
 
     Accumulating sums, the noisy quadratic model with a learned rate (against equation 8)
     and a small network with learned rates. PES smooths by a new perturbation a window, so
@@ -464,8 +465,9 @@ def test_estimator_is_unbiased(problem, name):
         samples = np.asarray(run(i, jnp.float32(theta)), np.float64)
         error = samples.std(0, ddof=1) / len(samples) ** 0.5
         expected = exact(theta, sigma)
-        # 2 %: float32 differences of losses, and PES's other smoothing
-        slack = 6 * error + 0.02 * np.abs(expected) * (name != "bptt") + 1e-4
+        # 2 %: float32 differences of losses, and PES's other smoothing of a curved one
+        share = 0.02 if problem == "network" and name != "bptt" else 0.0
+        slack = 6 * error + share * np.abs(expected) + 1e-4
         assert (np.abs(samples.mean(0) - expected) < slack).all(), (theta, expected)
 
 
@@ -544,6 +546,19 @@ def test_several_windows_are_one_longer_window(windows):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), carry, last)
 
 
+def test_several_windows_draw_their_own_randomness():
+    """Each of three windows has a key of its own, and `windows` counts nested ones."""
+
+    def noisy(theta, s, key):
+        return s, theta * jax.random.normal(key)
+
+    problem = estimators.unroll(lambda key: jnp.zeros(()), noisy, 2)
+    many = estimators.several(problem, 3, 3)
+    _, losses = many.run(jnp.float32(1), jnp.zeros(()), jax.random.key(0))
+    assert len(set(np.asarray(losses).tolist())) == 6
+    assert estimators.several(many, 2, 2).windows == 6
+
+
 def test_longer_unrolls_end_the_trajectory_as_soon():
     """Two windows an estimate: a trajectory of four starts anew after two estimates."""
     pair = estimators.pes(estimators.several(line(2), 2, 2), 4, SIGMA)
@@ -615,14 +630,40 @@ def test_merge_is_invariant_to_scale(seed, power):
     assert again["es_weight"] == pytest.approx(float(metrics["es_weight"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("particles, most", [(4, 1.45), (8, 1.1), (20, 1.1)])
 @given(seed=seeds, ratio=st.floats(-4, 4))
 @hypothesis.settings(max_examples=10)
-def test_merged_variance_is_near_the_smaller_one(seed, ratio):
-    """20 particles, 4,000 weights: at most 1.1 times the better estimator's variance."""
-    grads = gradients(seed, 20, (1.0, 10**ratio), mean=0.0, size=4000)
+def test_merged_variance_is_near_the_smaller_one(particles, most, seed, ratio):
+    """Over 8,000 weights: at most 1.1 times the better estimator's variance from 8
+    particles on; with 4, where variances are guesses, 1.45 times."""
+    grads = gradients(seed, particles, (1.0, 10**ratio), mean=0.0, size=8000)
     found, _ = merge(grads)
-    best = min(1.0, 10**ratio) ** 2 / 20
-    assert float((found**2).mean()) < 1.1 * best
+    best = min(1.0, 10**ratio) ** 2 / particles
+    assert float((found**2).mean()) < most * best
+
+
+def test_merge_passes_over_exact_zeros():
+    """Behind a dead unit backpropagation is 0 without spread; the merge is then ES's."""
+    grads = gradients(0, 8)
+    found, metrics = merge(grads | {"bptt": jnp.zeros_like(grads["bptt"])})
+    np.testing.assert_allclose(found, grads["es"].mean(0), rtol=1e-5)
+    assert metrics["bptt_weight"] == 0
+
+
+def test_mean_of_finite_particles_leaves_the_exploded_out():
+    """nan and inf count for nothing, entry by entry; with none left the entry is 0."""
+    grads = gradients(0, 4)["es"]
+    broken = grads.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf).at[:, 5].set(jnp.nan)
+    found, metrics = estimators.mean_of_finite_particles({"x": broken})
+    plain, noise = estimators.mean_of_particles({"x": grads})
+    rest = ~np.isin(np.arange(50), (3, 5))
+    np.testing.assert_allclose(found["x"][rest], plain["x"][rest], rtol=1e-5)
+    assert found["x"][3] == pytest.approx(
+        float((grads[0, 3] + grads[3, 3]) / 2), rel=1e-5
+    )
+    assert found["x"][5] == 0 and np.isfinite(metrics["grad_noise"])
+    _, same = estimators.mean_of_finite_particles({"x": grads})
+    assert same["grad_noise"] == pytest.approx(float(noise["grad_noise"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1e10, 1e20, 1e37, np.inf, np.nan])

@@ -614,7 +614,7 @@ def test_limit_loss_with_momentum():
 
 
 @pytest.mark.parametrize("u", [0.0, 2.0, 2.5])
-def test_limit_loss_refuses_what_has_no_limit(u):
+def test_limit_loss_refuses_what_forgets_nothing(u):
     """rho >= 1, the marginal eigenvalues +1 and -1 among it: ValueError."""
     model = nqm.Model(np.eye(1), np.eye(1), np.zeros(1), np.eye(1))
     with pytest.raises(ValueError, match="spectral radius"):

@@ -230,15 +230,18 @@ BAD_TRAIN = [
     ("--sigma", "nan"),
     ("--meta-lr", "-1"),
     ("--average", "1"),
-    ("--unroll", "7"),
-    ("--unroll", "2000"),
-    ("--unroll", "10", "--start-unroll", "20"),
+    ("--estimator", "truncated_es", "--unroll", "7"),
+    ("--estimator", "truncated_es", "--unroll", "2000"),
+    ("--estimator", "truncated_es", "--unroll", "10", "--start-unroll", "20"),
     ("--jitter", "0.2"),
-    ("--unroll", "10", "--jitter", "1.5"),
+    ("--estimator", "truncated_es", "--unroll", "10", "--jitter", "1.5"),
     ("--meta-beta1", "1"),
     ("--objective", "test"),
     ("--optimizer", "mlp", "--beta3", "1e-5"),
-    ("--estimator", "merged", "--particles", "1"),
+    ("--estimator", "merged", "--particles", "3"),
+    ("--estimator", "pes", "--unroll", "10"),
+    ("--start-unroll", "5"),
+    ("--sigma", "inf"),
     ("--optimizer", "sgd", "--init", "{finished}/theta.npz"),
     ("--init", "{files}/mlp.npz"),
     ("--warmup", "12"),
@@ -408,7 +411,7 @@ def test_meta_step_compiles_once_with_a_curriculum():
 
 
 METZ = (
-    "--task quadratic --preset metz --steps 12 --horizon 20 --truncation 5 --particles 2 "
+    "--task quadratic --preset metz --steps 12 --horizon 20 --truncation 5 --particles 4 "
     "--unroll 10 --checkpoint-every 4"
 ).split()
 
@@ -421,7 +424,7 @@ def test_metz_preset_runs_and_is_evaluated(tmp_path, capsys):
     assert card["optimizer"] == "mlp" and card["constants"] == {}
     assert "nominal_loss" not in card and card["fresh_loss"] > 0
     halves = np.linspace(1, 2, 13)[:12].sum()  # windows, growing from 1 to 2
-    assert card["inner_steps"] == round(halves * 5 * 2 * 2)
+    assert card["inner_steps"] == round(halves * 5 * 4 * 2)
     argv = "--task quadratic --steps 10 --seeds 2 --baselines".split()
     files = ["", "--theta", whole / "theta.npz", "--out", tmp_path / "eval"]
     assert command(*argv, *files, program=evaluation) == 0
@@ -449,7 +452,7 @@ def test_learned_momentum_gets_better():
 @pytest.mark.parametrize("growth", ["linear", "log", "constant"])
 def test_unroll_grows_as_told(growth):
     """From 50 to 1,600 inner steps over half of 100 meta-steps, then no more."""
-    argv = f"--unroll 1600 --unroll-growth {growth} --steps 100 --curriculum 0.5"
+    argv = f"--estimator truncated_es --unroll 1600 --unroll-growth {growth} --steps 100 --curriculum 0.5"
     config = train.parse(argv.split())
     windows = [float(train.unroll_at(config, s)) for s in (0, 25, 50, 99)]
     middle = {"linear": 16.5, "log": 32**0.5, "constant": 32.0}[growth]
@@ -459,7 +462,8 @@ def test_unroll_grows_as_told(growth):
 
 def test_jitter_varies_the_unroll_within_its_share():
     """+-20 % of 100 windows: evenly between 80 and 120, each meta-step anew."""
-    argv = "--truncation 5 --unroll 500 --jitter 0.2 --unroll-growth constant"
+    argv = "--truncation 5 --unroll 500 --jitter 0.2 --unroll-growth constant "
+    argv += "--estimator truncated_es"
     config = train.parse(argv.split())
     keys = jax.random.split(KEY, 500)
     drawn = jax.vmap(lambda key: train.unroll_drawn(config, 0, key, 120))(keys)
@@ -481,7 +485,7 @@ def test_objective_is_the_loss_after_the_update(objective, small_task):
     same, before = plain(theta, carry, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, after, same)
     task = build(data, KEY)
-    batch_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(1), 1))
+    batch_key = jax.random.split(jax.random.key(1), 4)[2]
     split = {"fresh": "train", "valid": "valid"}[objective]
     expected = task.loss(after.params, KEY, task.batch(batch_key, split))
     assert loss == pytest.approx(float(expected), rel=1e-6) and loss != before
