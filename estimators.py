@@ -20,9 +20,11 @@ carry (a network and its optimizer, a scalar) it never asks.
   merged         that of its window near the smaller of the two's 2 K, there and back
 
 Of an ES kind the variance is about size(theta) |gradient|^2 where the loss is smooth, and
-never above (range of the loss / sigma)^2, however rough it is. A way back costs about twice the way there and holds the states of K steps in memory; ES
-holds one state a run. Use pes or noise_reuse_es for long unrolls, merged where the
-windows are short or the unroll is smooth, bptt alone to look at the pathology.
+never above (range of the loss / sigma)^2, however rough it is. A way back costs about
+twice the way there and holds the states of K steps in memory; ES holds one state a run.
+Use pes or noise_reuse_es for long unrolls, merged where the windows are short or the
+unroll is smooth, bptt alone to look at the pathology.
+
 Longer windows (Metz et al. 2019) are unrolls of `several` windows. The file stands alone:
 copy it. It needs only jax. Letters: N particles, K steps in a window, T = K * windows
 steps in a trajectory, xi perturbation of theta.
@@ -189,7 +191,7 @@ def mean_of_finite_particles(grads) -> tuple[Any, dict]:
     """As `mean_of_particles`, entry by entry over those that are neither nan nor inf.
 
     For `truncated_bptt`: a run that has exploded has such a gradient, though its loss be
-    clipped. Leaving it out is a bias, towards thetas that do not explode; 0 if none is left.
+    clipped. Leaving it out is a bias (none of what explodes is seen); 0 if none is left.
     """
 
     def one(g):

@@ -4,7 +4,8 @@
 itself. `hand_designed`: any optax optimizer whose hyperparameters are theta, so that they
 are meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
 
-The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the shape of one parameter tensor, F features, M momentum timescales, H hidden units.
+The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the
+shape of one parameter tensor, F features, M momentum timescales, H hidden units.
 """
 
 import math

@@ -14,7 +14,14 @@ SGD = hand_designed(optax.sgd, learning_rate=0.1)
 QUADRATIC = truncation.Problem(lambda data, key: tasks.quadratic(), SGD)
 BIASED = truncation.Setting(240, (2,), (), (), 240, 2, (0.15,), sigma=0.03)
 TINY = truncation.Setting(
-    8, (4,), (0.1, 0.4), (0.4, 0.1, 0.6), 16, 3, (0.1, 0.4, 0.6, 1.2)
+    steps=8,
+    lengths=(4,),
+    starts=(0.1, 0.4),
+    probes=(0.4, 0.1, 0.6),
+    spent=16,
+    seeds=3,
+    rates=(0.1, 0.4, 0.6, 1.2),
+    estimators=("truncated BPTT", "PES"),
 )
 
 
@@ -90,8 +97,8 @@ def test_best_rate_is_the_least_of_the_grid(result):
 def test_numbers_are_those_of_the_curves(result):
     """Paths begin at their start; final rates are geometric means over the seeds."""
     paths = result["curves"]["paths"]
-    assert result["final_rate"].shape == (4, 1, 2) and len(paths) == 8
-    for e, name in enumerate(result["estimator"]):
+    assert result["final_rate"].shape == (2, 1, 2) and len(paths) == 4
+    for e, name in enumerate(result["estimators"]):
         for j, start in enumerate(TINY.starts):
             path = paths[name, 0, j]
             assert path.shape == (3, 16 // 4 + 1) and np.isfinite(path).all()

@@ -452,7 +452,8 @@ def test_learned_momentum_gets_better():
 @pytest.mark.parametrize("growth", ["linear", "log", "constant"])
 def test_unroll_grows_as_told(growth):
     """From 50 to 1,600 inner steps over half of 100 meta-steps, then no more."""
-    argv = f"--estimator truncated_es --unroll 1600 --unroll-growth {growth} --steps 100 --curriculum 0.5"
+    argv = f"--unroll 1600 --unroll-growth {growth} --steps 100 --curriculum 0.5 "
+    argv += "--estimator truncated_es"
     config = train.parse(argv.split())
     windows = [float(train.unroll_at(config, s)) for s in (0, 25, 50, 99)]
     middle = {"linear": 16.5, "log": 32**0.5, "constant": 32.0}[growth]
