@@ -49,3 +49,10 @@ def small_task(use_stand_in):
     spec = TASKS["fmnist_small"]
     data, _ = spec.load()
     return spec.build, data
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of a module's tests are not kept in memory to the end."""
+    yield
+    jax.clear_caches()

@@ -316,7 +316,7 @@ def test_meta_training_learns():
     keys = jax.random.split(jax.random.key(2), 32)
     optimizer, _ = train.optimizer_of(config)
     result = inner.curves(
-        tasks.quadratic, {}, optimizer, [untrained, state.theta], keys, 50
+        lambda *_: tasks.quadratic(), {}, optimizer, [untrained, state.theta], keys, 50
     )
     before, after = np.minimum(np.nan_to_num(result.losses, nan=1e3), 1e3).mean((1, 2))
     assert after < 0.7 * before
