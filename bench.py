@@ -19,7 +19,7 @@ import jax
 import estimators
 import star
 from baselines import BASELINES
-from inner import batching, compiler_options, inner_training
+from inner import batching, compiler_options, inner_unroll
 from store import UserError, run_command, write_atomically
 from tasks import TASKS
 
@@ -37,9 +37,7 @@ def window(optimizer, build, data, pairs: int, length: int):
     theta = optimizer.init_theta(jax.random.key(0))
 
     def make(data):
-        training = inner_training(partial(build, data), optimizer)
-        limit = build(data, jax.random.key(0)).loss_limit
-        problem = estimators.unroll(*training, length, limit)
+        problem = inner_unroll(partial(build, data), optimizer, length)
         pair = estimators.pes(problem, windows=40, sigma=1e-4, batch=batching())
         return estimators.population(pair, pairs, batching())
 

@@ -86,9 +86,11 @@ FIGURES = {
 
 
 def _finite(values):
-    """Nested lists, with None for nan and inf, which JSON does not have."""
+    """Nested lists and dicts, with None for nan and inf, which JSON does not have."""
     if isinstance(values, str):
         return values
+    if isinstance(values, dict):
+        return {name: _finite(v) for name, v in values.items()}
     if np.ndim(values):
         return [_finite(v) for v in values]
     return float(values) if np.isfinite(values) else None
@@ -102,7 +104,7 @@ def draw(args, folder) -> int:
     name, quick = args.figure, args.quick
     compute, plot = FIGURES[name]
     result, title, about = compute(args)
-    summary = {k: _finite(v) for k, v in result.items() if k != "curves"}
+    summary = _finite({k: v for k, v in result.items() if k != "curves"})
     text = (
         json.dumps({"title": title, "quick": quick, **about, **summary}, indent=1)
         + "\n"

@@ -14,19 +14,12 @@ import numpy as np
 import estimators
 import lopts
 import train
-from inner import batching, compiler_options, ema, inner_training
+from inner import batching, compiler_options, ema, inner_unroll
 from tasks import TASKS
 
 RATES = (0.03, 1.0)  # of momentum 0.9 on fmnist_small: smooth, and past the stable edge
-LENGTHS = (
-    2,
-    5,
-    10,
-    20,
-    50,
-    100,
-    200,
-)  # inner steps; the loss of the first is free of theta
+# Inner steps, from 2: the loss of the first step is free of theta.
+LENGTHS = (2, 5, 10, 20, 50, 100, 200)
 
 
 def compute_variances(build, data, lengths, repeats: int, particles: int, sigma=0.01):
@@ -38,11 +31,9 @@ def compute_variances(build, data, lengths, repeats: int, particles: int, sigma=
     `repeats` independent estimates, each of `particles` pairs; inf where a gradient is.
     """
     optimizer = lopts.LEARNED["momentum"]
-    training = inner_training(partial(build, data), optimizer)
-    limit = build(data, jax.random.key(0)).loss_limit
 
     def gradients(theta, key, length):  # {name: (repeats, particles, size of theta)}
-        step = estimators.unroll(*training, 1, limit)
+        step = inner_unroll(partial(build, data), optimizer, 1)
         problem = estimators.several(step, length, max(lengths))
         pair = estimators.merged(problem, length, sigma, batching())
 
@@ -114,8 +105,9 @@ def base_config(quick: bool, **changes) -> train.Config:
     return dataclasses.replace(train.Config(), **recipe)
 
 
-def compute_4(build, data, quick: bool) -> dict:
+def compute_4(data, quick: bool) -> dict:
     """Figure 4: variances by unroll length, and while the MLP optimizer is trained."""
+    build = TASKS["fmnist_small"].build
     if quick:
         result = compute_variances(build, data, (2, 5, 20), repeats=6, particles=4)
     else:
@@ -131,7 +123,7 @@ def compute_4(build, data, quick: bool) -> dict:
             ]
             for name, v in training.items()
         },
-        "curves": {**training, "bptt_weight": metrics["bptt_weight"]},
+        "curves": training,
     }
 
 
@@ -143,11 +135,15 @@ def plot_4(result: dict, plt):
         "es": "evolution strategies",
         "merged": "merged",
     }
-    styles = {"bptt": "C3o-", "es": "C0s-", "merged": "k.--"}
+    styles = {
+        "bptt": dict(color="C3", marker="o"),
+        "es": dict(color="C0", marker="s"),
+        "merged": dict(color="k", marker=".", ls="--"),
+    }
     for i, rate in enumerate(result["learning_rates"]):
         for name, label in names.items():
             variance = result[f"variance_{name}"][i]
-            axes[i].plot(result["lengths"], variance, styles[name], label=label)
+            axes[i].plot(result["lengths"], variance, **styles[name], label=label)
         axes[i].set(
             title=f"SGD with momentum 0.9, rate {rate:g}",
             xlabel="unroll (inner steps)",
@@ -157,7 +153,7 @@ def plot_4(result: dict, plt):
     axes[0].set_ylabel("variance of the meta-gradient")
     for name in ("bptt", "es"):
         label, values = names[name], result["curves"][name]
-        axes[2].plot(values, styles[name][:2].rstrip("os."), lw=0.8, label=label)
+        axes[2].plot(values, color=styles[name]["color"], lw=0.8, label=label)
     axes[2].set(
         title="while the MLP optimizer is trained\n(the unroll grows)",
         xlabel="meta-steps",
@@ -231,16 +227,16 @@ def plot_8(result: dict, plt):
     return figure
 
 
-def _figure_4(args):
-    data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
-    result = compute_4(TASKS["fmnist_small"].build, data, args.quick)
-    return result, f"Metz et al. 2019, figure 4: {about['dataset']}", about
+def _on_fmnist_small(compute, name: str):
+    def run(args):
+        data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
+        title = f"Metz et al. 2019, {name}: {about['dataset']}"
+        return compute(data, args.quick), title, about
+
+    return run
 
 
-def _figure_8(args):
-    data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
-    result = compute_8(data, args.quick)
-    return result, f"Metz et al. 2019, figure 8, small: {about['dataset']}", about
-
-
-FIGURES = {"metz4": (_figure_4, plot_4), "metz8": (_figure_8, plot_8)}
+FIGURES = {
+    "metz4": (_on_fmnist_small(compute_4, "figure 4"), plot_4),
+    "metz8": (_on_fmnist_small(compute_8, "figure 8, small"), plot_8),
+}

@@ -15,14 +15,12 @@ import numpy as np
 import optax
 
 import estimators
-from inner import batching, compiler_options, inner_training
+from inner import batching, compiler_options, inner_unroll
 from lopts import LearnedOptimizer, hand_designed
 from tasks import TASKS
 
-# A weight that has never had a gradient (a pixel at the border) has v = 0, where the
-# slope of Adam's root is infinite and backpropagation nan; 1e-16 is the square of its eps.
+# eps_root is the square of Adam's eps: the root has a slope at 0, and nothing else changes.
 ADAM = hand_designed(partial(optax.adam, eps_root=1e-16), learning_rate=1e-3)
-
 
 STYLES, MARKERS = ("-", ":", "--"), "os^v"  # of starts, of window lengths
 
@@ -61,11 +59,6 @@ class Problem(NamedTuple):
     optimizer: LearnedOptimizer = ADAM  # theta is {"learning_rate": ln(learning rate)}
 
 
-def problem_unroll(problem: Problem, data, key, length: int) -> estimators.Unroll:
-    fresh, step = inner_training(partial(problem.build, data), problem.optimizer)
-    return estimators.unroll(fresh, step, length, problem.build(data, key).loss_limit)
-
-
 def full_gradient(problem: Problem, steps: int):
     """(data, ln rate, key) -> loss_t and d loss_t / d ln rate, each (T,), by forward mode.
 
@@ -73,7 +66,7 @@ def full_gradient(problem: Problem, steps: int):
     """
 
     def both(data, log_rate, key):
-        unroll = problem_unroll(problem, data, key, steps)
+        unroll = inner_unroll(partial(problem.build, data), problem.optimizer, steps)
 
         def losses(log_rate):
             return unroll.run({"learning_rate": log_rate}, unroll.fresh(key), key)[1]
@@ -96,7 +89,7 @@ def meta_training(make, problem: Problem, length: int, setting: Setting):
 
     def run(data, log_rate, meta_steps, meta_learning_rate, key):
         windows = setting.steps // length
-        unroll = problem_unroll(problem, data, key, length)
+        unroll = inner_unroll(partial(problem.build, data), problem.optimizer, length)
         estimator = make(unroll, windows, setting.sigma, batching())
 
         def meta_step(k, carry):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import estimators
 from estimators import sequential
 
 OBJECTIVES = {"train": None, "fresh": "train", "valid": "valid"}  # name -> split drawn
@@ -25,9 +26,8 @@ class Carry(NamedTuple):
 
 
 class Curves(NamedTuple):
-    losses: (
-        np.ndarray
-    )  # (..., steps) training loss of each batch before its update, nats
+    # (..., steps) training loss of each batch before its update, nats
+    losses: np.ndarray
     test: dict[str, np.ndarray]  # name -> (...,), after the last step
     seconds: float  # wall time of all runs together, without compilation
 
@@ -60,6 +60,16 @@ def inner_training(build, optimizer, objective="train") -> tuple[Callable, Calla
         return carry._replace(params=params, optimizer=state), loss
 
     return fresh, step
+
+
+def inner_unroll(
+    build, optimizer, length: int, objective="train", wrap=lambda step: step
+) -> estimators.Unroll:
+    """Windows of `length` inner steps of the training, their losses clipped at the task's
+    limit. wrap: applied to the step, such as `jax.checkpoint`."""
+    fresh, step = inner_training(build, optimizer, objective)
+    limit = build(jax.random.key(0)).loss_limit
+    return estimators.unroll(fresh, wrap(step), length, limit)
 
 
 def ema(values, decay: float) -> np.ndarray:

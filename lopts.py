@@ -22,9 +22,8 @@ import optax
 class LearnedOptimizer(NamedTuple):
     init_theta: Callable  # key -> theta
     init: Callable  # params -> state
-    update: (
-        Callable  # (theta, grads, state, params) -> (updates, state); they are added
-    )
+    # (theta, grads, state, params) -> (updates, state); updates are added
+    update: Callable
 
 
 # --- Metz et al. 2019, appendix D.1
@@ -37,9 +36,8 @@ NORMALIZER_EPS = 1e-5
 
 
 class MLPState(NamedTuple):
-    momenta: (
-        Any  # like params, leaves (M, *P): exponential moving averages of gradients
-    )
+    # like params, leaves (M, *P): exponential moving averages of gradients
+    momenta: Any
     step: jax.Array  # () int32, updates done
 
 

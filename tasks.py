@@ -27,9 +27,8 @@ import nqm
 class Task(NamedTuple):
     init: Callable  # key -> params
     batch: Callable  # (key, split) -> batch; split: "train" | "valid" | "test"
-    loss: (
-        Callable  # (params, key, batch) -> () in nats; key for dropout, unused by most
-    )
+    # (params, key, batch) -> () in nats; key for dropout, unused by most
+    loss: Callable
     evaluate: Callable  # params -> dict of scalars, over the whole test split
     loss_limit: float  # the meta-loss clips each step's loss here; nan counts as this
 
@@ -169,9 +168,8 @@ def class_family(images: dict[str, jax.Array], key, hidden, classes=5) -> Task:
     In place of Metz et al. 2019, D.2 (ten-way subsets of 700 classes of ImageNet): no
     network can know beforehand what an output means. images: as `by_class` has them.
     """
-    member_key = jax.random.fold_in(
-        key, 1000
-    )  # apart from the children that init draws
+    # apart from the children that init draws
+    member_key = jax.random.fold_in(key, 1000)
     chosen = jax.random.permutation(member_key, CLASSES)[:classes]
 
     def draw(key, split):

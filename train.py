@@ -31,7 +31,7 @@ import lopts
 import star
 from baselines import BASELINES, rates, with_beta3
 from estimators import clip_loss
-from inner import OBJECTIVES, batching, compiler_options, curves, ema, inner_training
+from inner import OBJECTIVES, batching, compiler_options, curves, ema, inner_unroll
 from store import (
     UserError,
     flatten,
@@ -224,13 +224,10 @@ def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estima
     """
     build = partial(TASKS[config.task].build, data)
     optimizer, _ = optimizer_of(config)
-    fresh, step_fn = inner_training(build, optimizer, config.objective)
-    if config.estimator in BACKWARD and config.optimizer in lopts.LEARNED:
-        step_fn = jax.checkpoint(
-            step_fn
-        )  # a quarter faster; STAR would be half as fast
-    limit = build(jax.random.key(0)).loss_limit
-    problem = estimators.unroll(fresh, step_fn, config.truncation, limit)
+    # Recomputed step by step backpropagation is a quarter faster; STAR, half as fast.
+    recompute = config.estimator in BACKWARD and config.optimizer in lopts.LEARNED
+    wrap = jax.checkpoint if recompute else lambda step: step
+    problem = inner_unroll(build, optimizer, config.truncation, config.objective, wrap)
     if config.unroll is not None:
         most = math.ceil(config.unroll / config.truncation * (1 + config.jitter))
         windows = unroll_drawn(config, step, key, most)
@@ -317,12 +314,15 @@ def load_checkpoint(folder, config: Config, about: dict, template: TrainState):
     if saved["checksum"] != about["dataset_checksum"]:
         raise UserError(f"{path} was made on other data than {about['dataset']}")
     for name, value in dataclasses.asdict(config).items():
+        if name in (*NOT_RECIPE, *origin):
+            continue
+        flag = "--" + name.replace("_", "-")
         if name not in saved:
-            raise UserError(f"{path} is of an older version, without --{name}")
-        if name not in (*NOT_RECIPE, *origin) and saved[name] != value:
+            raise UserError(f"{path} is of an older version, without {flag}")
+        if saved[name] != value:
             raise UserError(
-                f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, "
-                f"not {value}; resume with the same recipe"
+                f"{path} was made with {flag} {saved[name]}, not {value}; "
+                "resume with the same recipe"
             )
     config = dataclasses.replace(config, **origin)
     return config, unflatten(template, arrays, str(path))
@@ -625,33 +625,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"--truncation {config.truncation} does not divide --horizon {config.horizon}"
         )
-    for name in ("unroll", "start_unroll"):
-        steps, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if steps is None:
-            continue
-        if steps < 1 or steps % config.truncation:
-            raise UserError(
-                f"{flag} {steps} is not whole windows of {config.truncation}"
-            )
-        if steps > config.horizon or steps > (config.unroll or config.truncation):
-            raise UserError(f"{flag} {steps} is longer than --horizon or --unroll")
-    if not 0 <= config.jitter < 1:
-        raise UserError("--jitter must be in 0 .. 1")
-    if config.jitter and config.unroll is None:
-        raise UserError("--jitter varies --unroll, which is not given")
+    check_unroll(config)
     if not 0 <= config.meta_beta1 < 1:
         raise UserError("--meta-beta1 must be in 0 .. 1")
     if config.estimator == "merged" and config.particles < 4:
         raise UserError(
             "--estimator merged needs 4 --particles or more for its variances"
         )
-    if config.unroll is not None and config.estimator in ("pes", "noise_reuse"):
-        raise UserError(
-            f"--unroll does not go with {config.estimator}, which joins windows itself: "
-            "give --truncation"
-        )
-    if config.unroll is None and config.start_unroll is not None:
-        raise UserError("--start-unroll begins what --unroll ends, which is not given")
     if config.beta3 is not None and config.optimizer in lopts.LEARNED:
         raise UserError(f"--beta3 is STAR's; {config.optimizer} has none")
     if config.warmup >= config.steps:
@@ -660,6 +640,33 @@ def check(config: Config) -> None:
         raise UserError(
             "--resume goes on from the folder's checkpoint; --init does not apply"
         )
+
+
+def check_unroll(config: Config) -> None:
+    """UserError where --unroll and what goes with it cannot work."""
+    if config.unroll is None:
+        for name in ("start_unroll", "unroll_growth", "jitter"):
+            if getattr(config, name) != getattr(Config(), name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is about --unroll, which is not given")
+        return
+    if config.estimator in ("pes", "noise_reuse"):
+        raise UserError(
+            f"--unroll does not go with {config.estimator}, which joins windows itself: "
+            "give --truncation"
+        )
+    for name in ("unroll", "start_unroll"):
+        steps, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if steps is None:
+            continue
+        if steps < 1 or steps % config.truncation:
+            raise UserError(
+                f"{flag} {steps} is not whole windows of {config.truncation}"
+            )
+        if steps > config.horizon or steps > config.unroll:
+            raise UserError(f"{flag} {steps} is longer than --horizon or --unroll")
+    if not 0 <= config.jitter < 1:
+        raise UserError("--jitter must be in 0 .. 1")
 
 
 def main(argv=None) -> int:
