@@ -93,10 +93,7 @@ def nadamw() -> LearnedOptimizer:
         updates = jax.tree.map(one, grads, m, v, params)
         return updates, NAdamWState(step=t, m=m, v=v)
 
-    def init_theta(key):
-        return {name: jnp.float32(value) for name, value in NADAMW.items()}
-
-    return LearnedOptimizer(init_theta, init, update)
+    return LearnedOptimizer(lambda key: as_theta(NADAMW), init, update)
 
 
 # --- Adam with eight hyperparameters
@@ -166,9 +163,14 @@ BASELINES = {
 } | {"nadamw": nadamw(), "nadamw_quirks": nadamw()}  # these two differ in their thetas
 
 
+def as_theta(hyperparameters: dict[str, float]) -> dict[str, jax.Array]:
+    """Plain numbers, as files and `candidates` have them, as the optimizers take them."""
+    return {name: jnp.float32(value) for name, value in hyperparameters.items()}
+
+
 def rates(learning_rates=LEARNING_RATES) -> list[dict]:
     """One theta for each learning rate."""
-    return [{"learning_rate": jnp.float32(rate)} for rate in learning_rates]
+    return [as_theta({"learning_rate": rate}) for rate in learning_rates]
 
 
 def lowest(values: np.ndarray) -> int:

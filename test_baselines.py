@@ -13,7 +13,14 @@ from hypothesis import given
 
 import baselines
 import tuning
-from baselines import BASELINES, NADAMW_ORDER, candidates, nadamw_config, nadamw_theta
+from baselines import (
+    BASELINES,
+    NADAMW_ORDER,
+    as_theta,
+    candidates,
+    nadamw_config,
+    nadamw_theta,
+)
 from inner import curves
 from store import run_command
 from tasks import TASKS
@@ -40,10 +47,6 @@ def trajectory(optimizer, theta):
 @jax.jit
 def nadamw_trajectory(theta):
     return trajectory(BASELINES["nadamw"], theta)
-
-
-def as_theta(values):
-    return {name: jnp.float32(x) for name, x in values.items()}
 
 
 # --- optimizers
@@ -243,6 +246,15 @@ def test_search_losses_are_those_of_inner_curves():
     last = finite.argmin()
     assert 0 < last < 299 and not np.isfinite(expected[1, 0, last])
     assert np.isnan(losses[1, last + 1 :]).all()
+
+
+def test_runs_side_by_side_are_those_one_by_one(monkeypatch):
+    """As on an accelerator: two at once, the last pair filled up, one run diverging."""
+    rates = [0.02, 100.0, 0.1]
+    alone = search(rates)
+    monkeypatch.setattr(jax, "default_backend", lambda: "other")
+    monkeypatch.setattr(tuning, "AT_ONCE", 2)
+    np.testing.assert_allclose(search(rates), alone, rtol=1e-5)
 
 
 @given(st.lists(st.sampled_from([1.0, 2.0, 3e38, math.nan, math.inf]), min_size=1))

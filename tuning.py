@@ -27,6 +27,7 @@ from baselines import (
     LEARNING_RATES,
     NADAMW_CONFIGURATIONS,
     SEARCHED,
+    as_theta,
     candidates,
     lowest,
 )
@@ -87,7 +88,7 @@ def train_candidates(build, data, optimizer, thetas, settings, report) -> np.nda
     for first in range(0, len(thetas), size):
         group = thetas[first : first + size]
         padded = group + group[:1] * (size - len(group))  # one shape, compiled once
-        stacked = jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *padded)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(as_theta, padded))
         losses += list(np.asarray(train(data, stacked))[: len(group)])
         report(len(losses))
     return np.stack(losses)
@@ -302,4 +303,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run_command("tuning.py", main))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on after the last result")
+        print("interrupted; the same command goes on after the last result")
+        sys.exit(130)
