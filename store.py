@@ -32,6 +32,12 @@ def run_command(program: str, main, argv=None) -> int:
     return 2
 
 
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 def flatten(tree) -> dict[str, np.ndarray]:
     """Tree -> {path: array}, for `.npz`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -246,3 +246,7 @@ TASKS: dict[str, TaskSpec] = {
     ),
     "quadratic": TaskSpec(load=_load_nothing, build=lambda data, key: quadratic()),
 }
+
+SUITES: dict[str, tuple[str, ...]] = {  # name -> tasks that are compared together
+    "small": ("fmnist_small", "mnist_small", "quadratic"),
+}

@@ -34,6 +34,7 @@ from estimators import clip_loss
 from inner import OBJECTIVES, batching, compiler_options, curves, ema, inner_unroll
 from store import (
     UserError,
+    clock,
     flatten,
     load_theta,
     read_card,
@@ -439,11 +440,6 @@ class Log:
         """Mean meta-loss of the last 100 meta-steps; None before the first."""
         recent = [row[1] for row in self.rows[-100:]]
         return round(float(np.mean(recent)), 4) if recent else None
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def command_line(config: Config) -> str:
