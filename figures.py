@@ -15,6 +15,7 @@ import numpy as np
 import figures_estimators
 import figures_metz
 import figures_nqm
+import figures_star
 import figures_truncation
 import star
 from baselines import with_beta3
@@ -78,6 +79,7 @@ def _betas(args):
 
 FIGURES = {
     "betas": (_betas, plot_betas),
+    **figures_star.FIGURES,
     **figures_nqm.FIGURES,
     **figures_metz.FIGURES,
     **figures_truncation.FIGURES,

@@ -26,7 +26,8 @@ class Carry(NamedTuple):
 
 
 class Curves(NamedTuple):
-    # (..., steps) training loss of each batch before its update, nats
+    # (..., steps / every) training loss of each batch before its update, nats; the means
+    # of `every` steps
     losses: np.ndarray
     test: dict[str, np.ndarray]  # name -> (...,), after the last step
     seconds: float  # wall time of all runs together, without compilation
@@ -96,12 +97,30 @@ def batching() -> Callable:
     return sequential if jax.default_backend() == "cpu" else jax.vmap
 
 
-def curves(build, data, optimizer, thetas, keys, steps: int, chunk=500) -> Curves:
-    """Train `thetas` x `keys` from scratch: losses (thetas, seeds, steps).
+def thinning(steps: int, points=4000) -> int:
+    """How many steps to average so that at most `points` means cover them: a divisor.
+
+    Raises ValueError where no divisor leaves more than half as many.
+    """
+    least = -(-steps // points)
+    for every in range(least, 2 * least):
+        if steps % every == 0:
+            return every
+    raise ValueError(
+        f"{steps} steps do not part into equal blocks: give a rounder number"
+    )
+
+
+def curves(
+    build, data, optimizer, thetas, keys, steps: int, chunk=500, every=1, report=None
+) -> Curves:
+    """Train `thetas` x `keys` from scratch: losses (thetas, seeds, steps / every).
 
     build: (data, key) -> Task. thetas: a list. keys: (seeds,), the same for every theta,
-    so that all see the same batches. The loss leaves the device every `chunk` steps.
+    so that all see the same batches. The losses leave the device after about `chunk` steps,
+    as means of `every` (a divisor of steps); then report(steps done), if given, is called.
     """
+    chunk = every * max(1, chunk // every)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *thetas)
     batch = batching()
 
@@ -116,7 +135,8 @@ def curves(build, data, optimizer, thetas, keys, steps: int, chunk=500) -> Curve
             def one(carry, t):
                 return step(theta, carry, jax.random.fold_in(key, t))
 
-            return jax.lax.scan(one, carry, first + jnp.arange(length))
+            carry, losses = jax.lax.scan(one, carry, first + jnp.arange(length))
+            return carry, losses.reshape(-1, every).mean(1)
 
         return batch(run)(theta, carry, keys)
 
@@ -146,9 +166,11 @@ def curves(build, data, optimizer, thetas, keys, steps: int, chunk=500) -> Curve
         carry, loss = compiled[length](*args)
         losses.append(np.asarray(loss))
         seconds += time.perf_counter() - begin
+        if report is not None:
+            report(first + length)
     test = jax.jit(finish, compiler_options=options)(data, carry)
     return Curves(
-        losses=np.concatenate(losses, 1).reshape(n_thetas, n_seeds, steps),
+        losses=np.concatenate(losses, 1).reshape(n_thetas, n_seeds, steps // every),
         test={k: np.asarray(v).reshape(n_thetas, n_seeds) for k, v in test.items()},
         seconds=seconds,
     )

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ import star
 import store
 import tasks
 import train
-from baselines import BASELINES, best_rate, rates
+from baselines import BASELINES
 
 HERE = pathlib.Path(__file__).resolve().parent
 KEY = jax.random.key(0)
@@ -606,77 +605,6 @@ def test_quadratic_is_equation_4():
     assert float(task.evaluate(phi)["test_loss"]) == pytest.approx(float(exact))
 
 
-def test_curves_equal_a_plain_loop(small_task):
-    """curves() is optax's own loop, for each learning rate and seed, in any chunks."""
-    build, data = small_task
-    task = build(data, KEY)
-    keys = jax.random.split(jax.random.key(5), 2)
-    result = inner.curves(
-        build, data, BASELINES["adam"], rates([1e-3, 1e-2]), keys, 5, chunk=3
-    )
-    assert result.losses.shape == (2, 2, 5)
-    init_key, run_key = jax.random.split(keys[1])
-    params = task.init(init_key)
-    adam = optax.adam(1e-2, eps_root=1e-8)
-    state = adam.init(params)
-    for t in range(5):
-        batch_key, loss_key = jax.random.split(jax.random.fold_in(run_key, t))
-        batch = task.batch(batch_key, "train")
-        loss, grads = jax.value_and_grad(task.loss)(params, loss_key, batch)
-        np.testing.assert_allclose(result.losses[1, 1, t], loss, rtol=1e-4)
-        updates, state = adam.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-
-
-# Evaluation.
-
-
-def test_eval_writes_its_comparison(use_stand_in, finished, tmp_path, capsys):
-    """Curves, table, JSON and picture; log, table and JSON name the stand-in."""
-    argv = "--task fmnist_small --steps 40 --seeds 2 --baselines adam --search-steps 20"
-    files = ["--theta", finished / "theta.npz", "--out", tmp_path]
-    assert command(*argv.split(), *files, program=evaluation) == 0
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.json", "table.csv", "curves.csv", "curves.png"}
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["stand_in"] and "stand-in" in results["dataset"]
-    assert "stand-in" in (tmp_path / "table.csv").read_text()
-    assert "stand-in" in capsys.readouterr().out
-    with open(tmp_path / "curves.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert len(rows) == 41 and len(rows[0]) == 1 + 2 * 2
-    losses = np.array(rows[1:], float)[:, 1:3]
-    assert results["rows"][0]["mean_loss"] == pytest.approx(losses.mean(), rel=1e-3)
-
-
-def test_divergence_is_counted_not_averaged():
-    """nan, inf, or an end above the start count as diverged; the mean is of the rest."""
-    losses = np.ones((4, 400)) * np.linspace(2, 1, 400)
-    losses[1, 200] = np.nan
-    losses[2] = losses[2, ::-1]
-    losses[3, 399] = np.inf
-    entry = evaluation.Entry(
-        "x", inner.Curves(losses, {"acc": np.arange(4.0)}, 1.0), None, None
-    )
-    row = evaluation.row(entry)
-    assert row["diverged"] == "3/4" and row["acc"] == 0.0
-    assert row["mean_loss"] == pytest.approx(1.5)
-
-
-def test_best_rate_takes_nan_as_the_worst():
-    """The search prefers any finite loss to nan."""
-    losses = np.ones((3, 1, 5))
-    losses[0], losses[1, 0, 2] = 2.0, np.nan
-    assert best_rate(losses) == 2
-
-
-def test_ema_is_the_bias_corrected_running_mean():
-    """ema of a constant is the constant; of a step it forgets at the stated rate."""
-    np.testing.assert_allclose(inner.ema(np.ones(50), 0.98), 1)
-    late = inner.ema([0.0] * 200 + [1.0] * 35, 0.98)[-1]
-    assert late == pytest.approx(1 - 0.98**35, abs=0.02)
-
-
 def test_write_is_whole_or_not_at_all(tmp_path):
     """An error while writing leaves the earlier file as it was."""
     path = tmp_path / "x"
@@ -689,15 +617,3 @@ def test_write_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         store.write_atomically(path, broken)
     assert path.read_bytes() == b"first"
-
-
-def test_beta3_figure_is_drawn(use_stand_in, tmp_path):
-    """eval.py --figure betas --quick: numbers that fall with beta3, and a picture."""
-    start = time.perf_counter()
-    argv = ["--figure", "betas", "--quick", "--out", tmp_path]
-    assert command(*argv, program=evaluation) == 0
-    assert time.perf_counter() - start < 120
-    result = json.loads((tmp_path / "betas.json").read_text())
-    mean = np.array(result["mean_loss"])  # (beta3, theta seeds)
-    assert mean[0].mean() > mean[-1].mean()
-    assert (tmp_path / "betas.png").stat().st_size > 10_000

@@ -1,0 +1,76 @@
+"""Meta-train everything that figure 3 and its ablations compare: python sweep.py
+
+STAR at four weight decays, blackbox, hyperparam, no preconditioner, no nominal term, all
+with the same recipe and budget, seed after seed. Each run is a folder of train.py's,
+OUT/VARIANT-seedN; finished ones are skipped and others resumed. Flags that are not listed
+here go to train.py, the same for every run: python sweep.py --steps 1000 --particles 8
+"""
+
+import argparse
+import pathlib
+import sys
+
+import train
+from store import UserError, read_card, run_command
+
+STAR = ("--optimizer", "star_small_beta3", "--weight-decay")
+# Section 5.3, appendices B.2 and C.2. Without the nominal term beta3 stays STAR's.
+VARIANTS = {
+    "star_wd0.5": (*STAR, "0.5"),
+    "blackbox": ("--optimizer", "blackbox"),
+    "hyperparam": ("--optimizer", "hyperparam"),
+    "star_wd0.1": (*STAR, "0.1"),
+    "no_nominal": "--optimizer no_nominal --beta3 1e-6 --weight-decay 0.5".split(),
+    "no_preconditioner": "--optimizer no_preconditioner --weight-decay 0.5".split(),
+    "star_wd0": (*STAR, "0"),
+    "star_wd1": (*STAR, "1"),
+}
+
+
+def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", default="fmnist", help="inner problem (default fmnist)")
+    add("--seeds", type=int, default=1, help="meta-training seeds (default 1)")
+    add("--only", help=f"comma-separated, of {', '.join(VARIANTS)}")
+    add("--out", help="folder of the runs; default runs/sweep-TASK")
+    args, rest = parser.parse_known_args(argv)
+    args.only = args.only.split(",") if args.only else list(VARIANTS)
+    for name in args.only:
+        if name not in VARIANTS:
+            raise UserError(f"unknown variant {name!r}: one of {', '.join(VARIANTS)}")
+    if args.seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    return args, ["--estimator", "noise_reuse", *rest]
+
+
+def finished(folder) -> bool:
+    """Whether train.py went to the end there: its last card has fresh runs."""
+    theta = folder / "theta.npz"
+    return theta.exists() and "fresh_loss" in read_card(theta)
+
+
+def main(argv=None) -> int:
+    args, rest = parse(argv)
+    root = pathlib.Path(args.out or f"runs/sweep-{args.task}")
+    runs = [(name, seed) for seed in range(args.seeds) for name in args.only]
+    for i, (name, seed) in enumerate(runs):
+        folder = root / f"{name}-seed{seed}"
+        print(f"run {i + 1} of {len(runs)}: {folder}", flush=True)
+        command = ["--task", args.task, *rest, *VARIANTS[name], "--seed", str(seed)]
+        config = train.parse([*command, "--out", str(folder)])  # refused before work
+        if finished(folder):
+            print("finished before", flush=True)
+            continue
+        if (folder / "checkpoint.npz").exists():
+            command.append("--resume")
+        if code := train.main([*command, "--out", config.out]):
+            return code
+    print(f"{len(runs)} runs in {root}; eval.py --figure 3 --runs {root} draws them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("sweep.py", main))
