@@ -238,7 +238,7 @@ def nadamw_theta(config: dict, steps: int, quirks=False) -> dict[str, float]:
     warmup, l2 = config["warmup"], config["l2"]
     if warmup > 0:
         warmup = (max if quirks else min)(warmup, config["constant"])
-    theta = {"warmup": warmup, "l2": -l2 if quirks else l2, "steps": float(steps)}
+    theta = {"warmup": warmup, "l2": 0.0 - l2 if quirks else l2, "steps": float(steps)}
     return config | theta
 
 
