@@ -100,7 +100,7 @@ def batching() -> Callable:
 def thinning(steps: int, points=4000) -> int:
     """How many steps to average so that at most `points` means cover them: a divisor.
 
-    Raises ValueError where no divisor leaves more than half as many.
+    Raises ValueError where no divisor leaves about half as many.
     """
     least = -(-steps // points)
     for every in range(least, 2 * least):

@@ -66,10 +66,10 @@ def ours(monkeypatch, tmp_path):
 
 @given(steps=st.integers(1, 2000).map(lambda n: 50 * n))
 def test_thinning_is_a_divisor_that_keeps_enough_points(steps):
-    """At most 4,000 points, and more than 2,000 where there are as many steps."""
+    """At most 4,000 points, and more than 1,300 where there are as many steps."""
     every = inner.thinning(steps)
     assert steps % every == 0 and steps // every <= 4000
-    assert steps // every > min(2000, steps - 1)
+    assert steps // every > min(1300, steps - 1)
 
 
 def test_steps_that_do_not_part_are_refused(tmp_path, theta, capsys):
