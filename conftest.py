@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("star")
 @pytest.fixture(scope="session")
 def stand_in():
     """A small stand-in for Fashion-MNIST, no files needed."""
-    return datasets.fashion_mnist_stand_in(train=4000, test=500)
+    return datasets.stand_in_images(datasets.FASHION_MNIST, (4000, 500))
 
 
 @pytest.fixture

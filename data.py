@@ -1,32 +1,43 @@
-"""Find, download and verify Fashion-MNIST and MNIST, or draw a stand-in for them.
+"""Find, download and verify images and text, or draw a stand-in for them.
 
-The images stay uint8; a task divides by 255.  A data set is one `DataSet` row, one
-function that reads its files, and one that makes its stand-in; `locate` does the
-rest for all of them.  What a user points at is used or refused, never passed over;
-the stand-in appears only when nothing was found, and says so in `Images.name`.
+Fashion-MNIST, MNIST, CIFAR-10 and CIFAR-100 as `Images`, Tiny Shakespeare or any text
+files as `Text`.  All stay uint8; a task divides by 255.  A data set is one `DataSet`
+row, one function that reads its files, and one in `standins` that draws its stand-in;
+`locate` does the rest for all of them.  What a user points at is used or refused, never
+passed over; the stand-in appears only when nothing was found.  The `name` of what comes
+back says when it is a stand-in, or not the official data.
 """
 
+import fnmatch
+import functools
 import gzip
 import hashlib
 import http.client
 import os
 import queue
+import re
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import standins
+
 ANSWER_SECONDS = 6  # for a server to answer, name lookup and redirects included
-FILE_SECONDS = 600  # for one whole file
+FILE_SECONDS = 1800  # for one whole file
 PROGRESS_SECONDS = 2  # between two lines of progress
+TEXT_BYTES = 10_000, 1 << 28  # least and most; a tenth of it has to hold sequences
+PIXELS = 3 * 32 * 32  # bytes of a picture of CIFAR
 
 
 class DataError(Exception):
@@ -37,123 +48,268 @@ class DataError(Exception):
 
 
 class Images(NamedTuple):
-    train_images: np.ndarray  # (60000, 28, 28, 1) uint8, as all four read-only
-    train_labels: np.ndarray  # (60000,) uint8
-    test_images: np.ndarray  # (10000, 28, 28, 1) uint8
-    test_labels: np.ndarray  # (10000,) uint8
+    train_images: np.ndarray  # (N, height, width, channels) uint8, as all read-only
+    train_labels: np.ndarray  # (N,) uint8
+    test_images: np.ndarray  # (M, height, width, channels) uint8
+    test_labels: np.ndarray  # (M,) uint8
     classes: int
-    name: str  # for plot titles, result files and logs; says when it is a stand-in
+    name: str  # for plot titles, result files and logs; says what is not official
     checksum: str  # of the four arrays, so that a result names its data
+    stand_in: bool
+
+
+class Text(NamedTuple):
+    train: np.ndarray  # (n,) uint8, as all read-only: the first 80 % of every file
+    valid: np.ndarray  # the next 10 %
+    test: np.ndarray  # and the last
+    name: str  # as for `Images`
+    checksum: str  # of the three arrays
     stand_in: bool
 
 
 class File(NamedTuple):
     name: str
-    md5: str  # of the download; a copy in a user's folder may be packed differently
-    shape: tuple  # of the array inside
+    digest: str  # of the download; a copy in a user's folder may be packed differently
+    shape: tuple  # of the array inside; a download is not much longer
+    algorithm: str = "md5"
 
 
 class DataSet(NamedTuple):
-    name: str  # also its folder's
-    files: tuple
+    name: str
+    folder: str  # where its files lie, in the user's root or in the cache
+    files: tuple  # what to download
+    forms: tuple  # file names that a folder may hold, the better choice first
     addresses: tuple  # where to download, in order of preference; each ends in "/"
-    classes: int
-    checksum: str  # `Images.checksum` of the official data
+    stand_in: Callable  # sizes -> arrays
+    sizes: tuple  # of the official data and the stand-in: pictures to train and test
+    labels: tuple = ()  # values a picture's label bytes can take; the last is its class
+    checksum: str = ""  # `Images.checksum` of the official data, where it is known
 
 
-FASHION_MNIST_FILES = (
-    ("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", (60000, 28, 28)),
-    ("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe", (60000,)),
-    ("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79", (10000, 28, 28)),
-    ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310", (10000,)),
+# Fashion-MNIST and MNIST share the names and shapes of their files
+IDX_NAMES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+IDX_SHAPES = (60000, 28, 28), (60000,), (10000, 28, 28), (10000,)
+FASHION_MNIST_DIGESTS = (
+    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "25c81989df183df01b3e8a0aad5dffbe",
+    "bef4ecab320f06d8554ea6380940ec79",
+    "bb300cfdad3c16e7a12a480ee83cd310",
 )
 FASHION_MNIST = DataSet(
     name="fashion-mnist",
-    files=tuple(File(*row) for row in FASHION_MNIST_FILES),
+    folder="fashion-mnist",
+    files=tuple(map(File, IDX_NAMES, FASHION_MNIST_DIGESTS, IDX_SHAPES)),
+    forms=(IDX_NAMES,),
     addresses=(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     ),
-    classes=10,
+    stand_in=standins.silhouettes,
+    sizes=(60000, 10000),
+    labels=(10,),
     checksum="82d70dcdc5da191d",
 )
-MNIST_FILES = (
-    ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", (60000, 28, 28)),
-    ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", (60000,)),
-    ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", (10000, 28, 28)),
-    ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", (10000,)),
+MNIST_DIGESTS = (
+    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "d53e105ee54ea40749a09fcbcd1e9432",
+    "9fb629c4189551a2d022fa330f9573f3",
+    "ec29112dd5afa0611ce80d1b7f02629c",
 )
 MNIST = DataSet(
     name="mnist",
-    files=tuple(File(*row) for row in MNIST_FILES),
+    folder="mnist",
+    files=tuple(map(File, IDX_NAMES, MNIST_DIGESTS, IDX_SHAPES)),
+    forms=(IDX_NAMES,),
     addresses=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
     ),
-    classes=10,
+    stand_in=standins.silhouettes,
+    sizes=(60000, 10000),
+    labels=(10,),
     checksum="2eb4d82c94e1e65a",
+)
+CIFAR_10_ARCHIVE = File(
+    "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", (60000, 1 + 3072)
+)
+CIFAR_10 = DataSet(
+    name="cifar-10",
+    folder="cifar-10-batches-bin",
+    files=(CIFAR_10_ARCHIVE,),
+    forms=(
+        (CIFAR_10_ARCHIVE.name,),
+        (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
+    ),
+    addresses=("https://www.cs.toronto.edu/~kriz/",),
+    stand_in=functools.partial(standins.coloured_silhouettes, classes=10),
+    sizes=(50000, 10000),
+    labels=(10,),
+)
+CIFAR_100_ARCHIVE = File(
+    "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", (60000, 2 + 3072)
+)
+CIFAR_100 = DataSet(
+    name="cifar-100",
+    folder="cifar-100-binary",
+    files=(CIFAR_100_ARCHIVE,),
+    forms=((CIFAR_100_ARCHIVE.name,), ("train.bin", "test.bin")),
+    addresses=("https://www.cs.toronto.edu/~kriz/",),
+    stand_in=functools.partial(standins.coloured_silhouettes, classes=100),
+    sizes=(50000, 10000),
+    labels=(20, 100),  # coarse and fine
+)
+TINY_SHAKESPEARE = DataSet(
+    name="tinyshakespeare",
+    folder="text",
+    files=(
+        File(
+            "input.txt",
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            (1115394,),
+            "sha256",
+        ),
+    ),
+    forms=(("*.txt",),),
+    addresses=(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+    ),
+    stand_in=standins.text,
+    sizes=(1_000_000,),
 )
 
 
-def log_to_stderr(text):
-    print(text, file=sys.stderr, flush=True)
+def log_to_stderr(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def fashion_mnist(source="auto", data_dir=None, log=log_to_stderr):
-    """Fashion-MNIST as `Images`.
+    """Fashion-MNIST as `Images`, (60000 and 10000, 28, 28, 1).
 
     source: "real", "stand-in", or "auto": the stand-in, with a loud warning, when
     there is no real one.  Looks in `data_dir`, else in `$STAR_DATA`, else in the user's
     cache, else downloads into the cache.  `log` gets each text meant for the user.
     Raises DataError: nothing or damaged files where the user pointed; "real" not found.
     """
-    return idx_images(FASHION_MNIST, source, data_dir, log)
+    return load_images(FASHION_MNIST, read_idx_images, source, data_dir, log)
 
 
 def mnist(source="auto", data_dir=None, log=log_to_stderr):
     """MNIST as `Images`, found as `fashion_mnist` finds its own; the same stand-in."""
-    return idx_images(MNIST, source, data_dir, log)
+    return load_images(MNIST, read_idx_images, source, data_dir, log)
 
 
-def idx_images(data_set, source, data_dir, log):
-    folder = locate(data_set, source, data_dir, log)
-    if folder is None:
-        return fashion_mnist_stand_in(data_set=data_set)
-    return read_idx_images(data_set, folder, log)
+def cifar10(source="auto", data_dir=None, log=log_to_stderr):
+    """CIFAR-10 as `Images`, (50000 and 10000, 32, 32, 3), found as the others are.
+
+    Only the official archive, `cifar-10-binary.tar.gz`, can be verified and has the
+    plain name; the .bin files may hold fewer pictures, or others, and the name says so.
+    """
+    return load_images(CIFAR_10, read_cifar, source, data_dir, log)
 
 
-def read_idx_images(data_set, folder, log):
-    """`Images` from the four idx files in `folder`.  Raises DataError."""
-    arrays = []
-    for file in data_set.files:
-        array = read_idx(folder / file.name, file.shape)
-        if array.ndim == 1 and array.max() >= data_set.classes:
-            raise DataError(f"{folder / file.name}: it has labels up to {array.max()}")
-        arrays.append(array)
-    images = as_images(data_set, data_set.name, arrays)
-    if images.checksum != data_set.checksum:
-        # Fashion-MNIST and MNIST share the names and shapes of their files
-        log(f"note: {folder} is not the official {data_set.name}, by its checksum")
-    return images
+def cifar100(source="auto", data_dir=None, log=log_to_stderr):
+    """CIFAR-100 as `Images` with the 100 fine labels; all else as for `cifar10`."""
+    return load_images(CIFAR_100, read_cifar, source, data_dir, log)
 
 
-def as_images(data_set, name, arrays):
-    """(x (N, 28, 28), y (N,), x_test (M, 28, 28), y_test (M,)) uint8 -> Images."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-        array.setflags(write=False)  # the checksum stays true
+def text(source="auto", data_dir=None, log=log_to_stderr):
+    """The bytes of all .txt files of one folder as `Text`, else Tiny Shakespeare.
+
+    Looks where `fashion_mnist` looks: in the folder `text`, else in the root itself,
+    not in folders inside; or `data_dir` is one .txt file.  Raises DataError.
+    """
+    paths = locate(TINY_SHAKESPEARE, source, data_dir, log)
+    if paths is None:
+        return stand_in_text(TINY_SHAKESPEARE)
+    return read_text(TINY_SHAKESPEARE, paths)
+
+
+def about(data):
+    """What a result says of the `Images` or `Text` it was made with."""
+    return {
+        "dataset": data.name,
+        "dataset_checksum": data.checksum,
+        "stand_in": data.stand_in,
+    }
+
+
+def load_images(data_set, read, source, data_dir, log):
+    paths = locate(data_set, source, data_dir, log)
+    if paths is None:
+        return stand_in_images(data_set)
+    return read(data_set, paths, log)
+
+
+def stand_in_images(data_set, sizes=None):
+    """`Images` drawn in place of `data_set`; sizes: pictures to train and to test."""
+    arrays = data_set.stand_in(*(sizes or data_set.sizes))
+    return as_images(data_set, f"{data_set.name} stand-in", arrays, stand_in=True)
+
+
+def stand_in_text(data_set, sizes=None):
+    """`Text` drawn in place of `data_set`; sizes: (bytes,)."""
+    raw = data_set.stand_in(*(sizes or data_set.sizes))
+    return as_text(f"{data_set.name} stand-in", [raw], stand_in=True)
+
+
+def as_images(data_set, name, arrays, stand_in=False):
+    """(x (N, 28, 28) or (N, 32, 32, 3), y (N,), x_test, y_test) uint8 -> Images."""
+    checksum = seal(arrays)
     x, y, x_test, y_test = arrays
     return Images(
-        train_images=x[..., None],  # (N, 28, 28) -> (N, 28, 28, 1)
+        # (N, 28, 28) -> (N, 28, 28, 1); (N, 32, 32, 3) stays
+        train_images=x.reshape(*x.shape[:3], -1),
         train_labels=y,
-        test_images=x_test[..., None],
+        test_images=x_test.reshape(*x_test.shape[:3], -1),
         test_labels=y_test,
-        classes=data_set.classes,
+        classes=data_set.labels[-1],
         name=name,
-        checksum=digest.hexdigest()[:16],
-        stand_in=name != data_set.name,
+        checksum=checksum,
+        stand_in=stand_in,
     )
+
+
+def as_text(name, contents, stand_in=False):
+    """The bytes of each file -> Text, 80, 10 and 10 % of each."""
+    parts = [[], [], []]
+    for raw in contents:
+        array, n = np.frombuffer(raw, np.uint8), len(raw)
+        pieces = np.split(array, [n * 8 // 10, n * 9 // 10])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.append(piece)
+    arrays = [np.concatenate(part) for part in parts]
+    checksum = seal(arrays)
+    return Text(*arrays, name=name, checksum=checksum, stand_in=stand_in)
+
+
+def seal(arrays):
+    """The checksum of `arrays`, 16 hex digits, which become read-only: it stays true."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+        array.setflags(write=False)
+    return digest.hexdigest()[:16]
+
+
+def read_idx_images(data_set, paths, log):
+    """`Images` from the four idx files.  Raises DataError."""
+    arrays = []
+    for path, file in zip(paths, data_set.files, strict=True):
+        array = read_idx(path, file.shape)
+        if array.ndim == 1 and array.max() >= data_set.labels[-1]:
+            raise DataError(f"{path}: it has labels up to {array.max()}")
+        arrays.append(array)
+    images = as_images(data_set, data_set.name, arrays)
+    if images.checksum == data_set.checksum:
+        return images
+    log(f"note: {paths[0].parent} is not the official {data_set.name}, by its checksum")
+    return images._replace(name=f"{data_set.name} (not the official bytes)")
 
 
 def read_idx(path, shape):
@@ -176,26 +332,128 @@ def read_idx(path, shape):
     return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
 
 
+def read_cifar(data_set, paths, log):
+    """`Images` from the archive, verified, or from its files unpacked.  Raises DataError.
+
+    The files that a user has unpacked may hold fewer records than the official ones.
+    """
+    archive, names = data_set.files[0], data_set.forms[-1]
+    train, test = data_set.sizes
+    record = len(data_set.labels) + PIXELS
+    sizes = [train // (len(names) - 1) * record] * (len(names) - 1) + [test * record]
+    if paths[0].name == archive.name:
+        contents, remarks = read_archive(paths[0], archive, names, sizes), []
+        paths = [paths[0]] * len(names)
+    else:
+        contents = [read_at_most(*row) for row in zip(paths, sizes, strict=True)]
+        remarks = ["not verified"]
+        log(
+            f"note: {paths[0].parent} has no known checksum to be verified by as the "
+            f"official {data_set.name}; {archive.name} has one"
+        )
+    parts = [read_records(data_set, *row) for row in zip(paths, contents, strict=True)]
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
+    x_test, y_test = parts[-1]
+    if (len(y), len(y_test)) != (train, test):
+        remarks.insert(0, f"{len(y)} + {len(y_test)} pictures")
+    name = f"{data_set.name} ({', '.join(remarks)})" if remarks else data_set.name
+    return as_images(data_set, name, [x, y, x_test, y_test])
+
+
+def read_records(data_set, path, raw):
+    """Records of `path` -> images (n, 32, 32, 3), classes (n,).  Raises DataError.
+
+    A record is a byte for each of `data_set.labels`, then 32 x 32 red, green and blue.
+    """
+    labels = data_set.labels
+    size = len(labels) + PIXELS
+    if not raw or len(raw) % size:
+        raise DataError(f"{path}: {len(raw)} bytes are no records of {size} bytes")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, size)
+    for column, values in enumerate(labels):
+        if (found := records[:, column].max()) >= values:
+            raise DataError(f"{path}: it has labels up to {found}, not {values - 1}")
+    planes = records[:, len(labels) :].reshape(-1, 3, 32, 32)
+    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))  # (n, 32, 32, 3)
+    return images, records[:, len(labels) - 1].copy()
+
+
+def read_archive(path, file, names, sizes):
+    """The bytes of the members `names`, of `sizes`, of a .tar.gz with `file`'s digest.
+
+    Nothing but the official archive is ever unpacked, and nothing onto the disk.
+    Raises DataError.
+    """
+    try:
+        with open(path, "rb") as raw:
+            found = hashlib.file_digest(raw, lambda: new_digest(file)).hexdigest()
+            if found != file.digest:
+                raise DataError(f"{path}: {wrong_digest(file, found)}")
+            raw.seek(0)
+            contents, sizes = {}, dict(zip(names, sizes, strict=True))
+            with tarfile.open(fileobj=raw, mode="r:gz") as tar:
+                for member in tar:
+                    name = member.name.split("/")[-1]
+                    if name in sizes and member.isfile():
+                        contents[name] = tar.extractfile(member).read(sizes[name] + 1)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{path}: not a readable .tar.gz file ({error})") from error
+    for name, size in sizes.items():
+        if (found := len(contents.get(name, b""))) != size:
+            raise DataError(f"{path}: its {name} has {found} bytes, not {size}")
+    return [contents[name] for name in names]
+
+
+def read_text(data_set, paths):
+    """`Text` from .txt files, in the order given.  Raises DataError."""
+    file = data_set.files[0]
+    contents, (least, most) = [], TEXT_BYTES
+    for path in paths:
+        contents.append(read_at_most(path, most - sum(map(len, contents))))
+    if (size := sum(map(len, contents))) < least:
+        raise DataError(f"{paths[0].parent}: {size} bytes of text, less than {least}")
+    if len(paths) > 1:
+        name = f"own text {paths[0].parent.resolve().name} ({len(paths)} files)"
+    elif new_digest(file, contents[0]).hexdigest() == file.digest:
+        name = data_set.name
+    else:
+        name = f"own text {paths[0].name}"
+    # It goes into plot titles, where a dollar sign would start a formula.
+    return as_text(re.sub(r"[^\w(). -]", "_", name), contents)
+
+
+def read_at_most(path, size):
+    """The bytes of a file.  Raises DataError: unreadable, or longer than `size`."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(size + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > size:
+        raise DataError(f"{path}: more than {size} bytes")
+    return raw
+
+
 def locate(data_set, source, data_dir, log):
-    """The folder with every file of `data_set`, or None: use the stand-in."""
+    """The paths of the files to read, in the order of their form, or None: stand in."""
     if source not in ("real", "stand-in", "auto"):
         raise DataError(f"source is {source!r}, not 'real', 'stand-in' or 'auto'")
     if source == "stand-in":
         return None
     if data_dir is not None:
-        folder = folder_in(data_dir, data_set)
-        if folder is None:
-            names = ", ".join(file.name for file in data_set.files)
+        paths = find(data_dir, data_set)
+        if paths is None:
+            names = " or ".join(", ".join(form) for form in data_set.forms)
             raise DataError(f"{data_dir} has no file of {data_set.name} ({names})")
-        return folder
+        return paths
     star_data = os.environ.get("STAR_DATA")
-    if star_data and (folder := folder_in(star_data, data_set)):
-        return folder
+    if star_data and (paths := find(star_data, data_set)):
+        return paths
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(cache, "star", data_set.name)
+    folder = Path(cache, "star", data_set.folder)
     failures = download(data_set, folder, log)
     if not failures:
-        return folder
+        return [folder / file.name for file in data_set.files]
     where = f"no {data_set.name} in {star_data or '$STAR_DATA (not set)'} or {folder}"
     if source == "real":
         raise DataError("; ".join([where, *failures]))
@@ -208,22 +466,38 @@ def locate(data_set, source, data_dir, log):
     return None
 
 
-def folder_in(root, data_set):
-    """root/name or root, whichever has files of `data_set`; None: neither has any.
+def find(root, data_set):
+    """The files of a form in root/folder or in root, or root itself; None: no file.
 
-    Raises DataError when `root` is no folder, or when some of the files are missing.
+    A name with a star stands for all that match, sorted.  Raises DataError when `root`
+    is no folder and no such file, or when some of a form's files are missing.
     """
     root = Path(os.path.expanduser(root))
+    alone = [form[0] for form in data_set.forms if len(form) == 1]
+    if os.path.isfile(root) and any(map(root.match, alone)):
+        return [root]
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder (looking for {data_set.name})")
-    for folder in (root / data_set.name, root):
-        missing = missing_files(folder, data_set)
-        if not missing:
-            return folder
-        if len(missing) < len(data_set.files):
-            names = ", ".join(file.name for file in missing)
-            raise DataError(f"{folder} lacks {names} of {data_set.name}")
+    for form in data_set.forms:
+        for folder in (root / data_set.folder, root):
+            found = {name: matching(folder, name) for name in form}
+            missing = [name for name in form if not found[name]]
+            if not missing:
+                return sum(found.values(), [])
+            if len(missing) < len(form):
+                names = ", ".join(missing)
+                raise DataError(f"{folder} lacks {names} of {data_set.name}")
     return None
+
+
+def matching(folder, name):
+    """The files in `folder` called `name`, sorted, without the hidden ones."""
+    try:
+        names = sorted(fnmatch.filter(os.listdir(folder), name))
+    except OSError:
+        return []
+    paths = [folder / name for name in names if not name.startswith(".")]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def missing_files(folder, data_set):
@@ -258,18 +532,27 @@ def fetch(url, path, file, log):
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         try:
             with open(handle, "wb") as out:
-                md5 = copy_stream(response, out, prod(file.shape) + 1000, log)
-            if md5 != file.md5:
-                raise ValueError(f"its MD5 is {md5} instead of {file.md5}")
+                found = copy_stream(response, out, file, log)
+            if found != file.digest:
+                raise ValueError(wrong_digest(file, found))
             os.replace(partial, path)
             log(f"verified {path}")
         finally:
             Path(partial).unlink(missing_ok=True)
 
 
-def copy_stream(response, out, max_bytes, log):
-    """Copy `response` into `out`, reporting progress.  Returns the MD5, in hex."""
-    digest, size = hashlib.md5(usedforsecurity=False), 0
+def new_digest(file, raw=b""):
+    return hashlib.new(file.algorithm, raw, usedforsecurity=False)
+
+
+def wrong_digest(file, found):
+    return f"its {file.algorithm.upper()} is {found} instead of {file.digest}"
+
+
+def copy_stream(response, out, file, log):
+    """Copy `response` into `out`, reporting progress.  Returns its digest, in hex."""
+    digest, size = new_digest(file), 0
+    max_bytes = prod(file.shape) + 1000
     start = shown = time.monotonic()
     while block := response.read1(1 << 16):  # one packet: a slow server can't hold us
         out.write(block)
@@ -280,8 +563,10 @@ def copy_stream(response, out, max_bytes, log):
         if now - start > FILE_SECONDS:
             raise TimeoutError(f"not whole after {FILE_SECONDS} s")
         if now - shown > PROGRESS_SECONDS:
-            shown = now
-            log(f"  {size / 1e6:.1f} MB, {size / 1e6 / (now - start):.2f} MB/s")
+            shown, rate = now, size / (now - start)
+            left = (response.length or 0) / rate  # the server may not tell its size
+            left = f", {left:.0f} s left" if left else ""
+            log(f"  {size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left}")
     return digest.hexdigest()
 
 
@@ -310,114 +595,3 @@ def open_in_time(url):
     if isinstance(answer, Exception):
         raise answer
     return answer
-
-
-# Class, whether to mirror its outlines at x = 0, and contours; a pixel inside an odd
-# number of them is cloth.  A contour is two outlines, x y x y ... in percent of half
-# the width, y down, and each one drawn lies between the two.  Look-alikes overlap.
-SILHOUETTES = (
-    ("t-shirt", True, [
-        ("0 -62 16 -74 42 -68 78 -38 66 -18 42 -36 40 70 0 70",
-         "0 -66 20 -80 52 -74 88 40 68 48 50 -26 50 88 0 88")]),
-    ("trousers", True, [
-        ("0 -88 30 -88 36 88 18 88 5 -30 0 -30",
-         "0 -84 46 -84 56 88 20 88 2 -40 0 -40")]),
-    ("pullover", True, [
-        ("0 -68 16 -76 42 -72 82 40 68 46 46 -24 44 72 0 72",
-         "0 -72 20 -80 52 -74 92 76 70 82 52 -18 54 84 0 84")]),
-    ("dress", True, [
-        ("0 -78 16 -88 26 -84 34 -64 30 -56 20 -20 28 88 0 88",
-         "0 -70 20 -84 50 -76 80 -10 62 -4 42 -24 60 88 0 88")]),
-    ("coat", True, [
-        ("0 -74 14 -82 42 -76 76 40 62 46 44 -24 44 84 0 84",
-         "0 -78 18 -88 52 -80 86 72 68 78 50 -22 56 92 0 92"),
-        ("0 -60 0 -60 0 60 0 60",
-         "0 -50 5 -50 5 92 0 92")]),
-    ("sandal", False, [
-        ("-90 26 -60 24 -20 14 30 -6 88 -10 90 22 70 22 60 6 20 26 -90 36",
-         "-90 16 -60 4 -20 0 30 -30 88 -50 90 36 66 36 56 0 10 36 -90 38"),
-        ("-70 20 -40 8 -20 8 -30 24 -10 24 0 8 20 0 20 18 0 26 -60 30",
-         "-60 20 -50 0 -30 -4 -30 24 0 20 0 -8 30 -30 40 -4 10 22 -60 30")]),
-    ("shirt", True, [
-        ("0 -60 16 -74 42 -68 80 -36 66 -16 42 -34 42 72 0 72",
-         "0 -70 20 -80 52 -74 92 76 70 82 52 -18 54 86 0 86"),
-        ("0 -66 0 -66 0 0 0 0",
-         "0 -50 4 -50 4 84 0 84")]),
-    ("sneaker", False, [
-        ("-90 22 -60 10 -20 -6 20 -26 60 -20 86 -26 90 34 -88 36",
-         "-92 14 -60 0 -20 -16 8 -50 50 -58 80 -64 88 44 -90 46")]),
-    ("bag", True, [
-        ("0 -40 30 -38 40 -20 80 -18 84 60 0 62",
-         "0 -84 44 -74 56 -30 88 -30 92 76 0 78"),
-        ("0 -30 22 -28 30 -20 0 -20",
-         "0 -72 34 -64 44 -26 0 -26")]),
-    ("boot", False, [
-        ("-90 20 -60 6 -20 -10 10 -36 14 -46 72 -48 84 0 88 40 -88 40",
-         "-84 52 -60 34 -20 20 2 -20 4 -88 70 -90 76 40 82 84 -82 86")]),
-)  # fmt: skip
-SIDE, VARIANTS = 56, 128  # of a template: pixels a side, and how many a class
-
-
-def fashion_mnist_stand_in(train=60000, test=10000, data_set=FASHION_MNIST):
-    """`Images` drawn from a fixed seed: ten silhouettes instead of the `data_set`.
-
-    The same bytes on every machine: the stream of RandomState is frozen for good, and
-    no operation but the exactly rounded ones is used (no sine, no matrix product).
-    """
-    rng = np.random.RandomState(0)
-    templates = np.stack([draw_templates(rng, *row[1:]) for row in SILHOUETTES])
-    arrays = []
-    for n in (train, test):
-        labels = rng.permutation(np.arange(n) % len(SILHOUETTES)).astype(np.uint8)
-        chunks = np.split(labels, range(500, n, 500))  # 500 images fit a CPU's cache
-        arrays += [np.concatenate([draw(rng, templates, c) for c in chunks]), labels]
-    return as_images(data_set, f"{data_set.name} stand-in", arrays)
-
-
-def uniform(rng, low, high, shape):
-    """As rng.uniform, which some compilers round differently (fused multiply-add)."""
-    return low + (high - low) * rng.random_sample(shape)
-
-
-def draw_templates(rng, mirror, contours):
-    """Masks of one class, (VARIANTS, SIDE, SIDE) bool, by the even-odd rule."""
-    y, x = (np.mgrid[:SIDE, :SIDE] * 2 + 1) / SIDE - 1  # pixel centres in -1 .. 1
-    x = np.abs(x) if mirror else x
-    inside = np.zeros((VARIANTS, SIDE, SIDE), bool)
-    between = rng.random_sample((VARIANTS, 1, 1))
-    for outlines in contours:
-        one, other = (np.array(o.split(), float).reshape(-1, 2) / 100 for o in outlines)
-        corners = one + (other - one) * between  # (VARIANTS, corners, 2)
-        moves = uniform(rng, -0.04, 0.04, corners.shape)
-        corners += moves * (corners != 0)  # what lies on the axis stays there
-        corners = corners.transpose(1, 2, 0)[..., None, None]
-        for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0), strict=True):
-            slope = (x1 - x0) / np.where(y1 == y0, 1, y1 - y0)  # (VARIANTS, 1, 1)
-            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + slope * (y - y0))
-    return inside
-
-
-def draw(rng, templates, labels):
-    """An image for each label, (n,) -> (n, 28, 28) uint8: a template, bent and dyed."""
-    n = len(labels)
-
-    def some(low, high):
-        return uniform(rng, low, high, (n, 1, 1)).astype(np.float32)
-
-    def some_integer(low, high):
-        return rng.randint(low, high + 1, (n, 1, 1), np.int32)
-
-    y, x = (np.mgrid[:28, :28].astype(np.float32) * 2 + 1) / 28 - 1
-    x, y = x - some(-0.12, 0.12), y - some(-0.12, 0.12)  # (28, 28) -> (n, 28, 28)
-    u = x * some(0.75, 1.25) + y * some(-0.2, 0.2) + y * y * some(-0.2, 0.2)
-    v = y * some(0.75, 1.25) + x * some(-0.2, 0.2)
-    column = ((u + 1) * (SIDE // 2)).astype(np.int32).clip(0, SIDE - 1)
-    row = ((v + 1) * (SIDE // 2)).astype(np.int32).clip(0, SIDE - 1)
-    template = labels[:, None, None].astype(np.int32) * VARIANTS
-    template += some_integer(0, VARIANTS - 1)
-    inside = templates.reshape(-1)[(template * SIDE + row) * SIDE + column]
-    stripes = (column * some_integer(-2, 2) + row * some_integer(0, 2)) & 8 > 0
-    shade = some(90, 255) + u * some(-40, 40) + stripes * some(-80, 80)
-    noise = rng.randint(-60, 61, (n, 28, 28), np.int8)
-    hidden = x * some(-1, 1) + y * some(-1, 1) > some(0.1, 1.2)
-    return np.clip((shade + noise) * (inside & ~hidden), 0, 255).astype(np.uint8)

@@ -4,17 +4,21 @@ Everything here is offline: the only server is on 127.0.0.1, the files are small
 """
 
 import ast
+import collections
 import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import socket
 import sys
+import tarfile
 import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import standins
 
 PROFILE = settings(derandomize=True, deadline=None, database=None, print_blob=True)
 STAR_DATA = os.environ.get("STAR_DATA", "")  # before the tests hide it
@@ -36,13 +41,15 @@ def pack(array, shape=None, kind=8):
     return gzip.compress(header + array.tobytes(), mtime=0)
 
 
-def small_arrays():
+def small_arrays(classes, *shapes):
     rng = np.random.RandomState(1)
-    shapes = (30, 28, 28), (30,), (20, 28, 28), (20,)
-    return [rng.randint(256 if len(s) > 1 else 10, size=s).astype("u1") for s in shapes]
+    tops = [256 if len(shape) > 1 else classes for shape in shapes]
+    return [
+        rng.randint(n, size=s).astype("u1") for n, s in zip(tops, shapes, strict=True)
+    ]
 
 
-ARRAYS = small_arrays()
+ARRAYS = small_arrays(10, (30, 28, 28), (30,), (20, 28, 28), (20,))
 PACKED = {f.name: pack(a) for f, a in zip(OFFICIAL.files, ARRAYS, strict=True)}
 SMALL = OFFICIAL._replace(
     files=tuple(
@@ -50,13 +57,90 @@ SMALL = OFFICIAL._replace(
         for f, a in zip(OFFICIAL.files, ARRAYS, strict=True)
     ),
     addresses=(),
+    sizes=(20, 10),
     checksum=data.as_images(OFFICIAL, "", ARRAYS).checksum,
 )
-SMALL_MNIST = SMALL._replace(name="mnist")
 BOTH = pytest.mark.parametrize(
     ("name", "load"), [("fashion-mnist", data.fashion_mnist), ("mnist", data.mnist)]
 )
 NAMES = [file.name for file in SMALL.files]
+
+
+def tar(members):
+    """A .tar.gz of {name: bytes}, in the folder that the official one has."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"cifar/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def bins(data_set, arrays):
+    """{name: bytes} of a CIFAR's unpacked files, by a loop over the records."""
+    x, y, x_test, y_test = arrays
+    names = data_set.forms[-1]
+    pictures = np.split(x, len(names) - 1) + [x_test]
+    classes = np.split(y, len(names) - 1) + [y_test]
+    out = {}
+    for name, xs, ys in zip(names, pictures, classes, strict=True):
+        out[name] = b""
+        for picture, label in zip(xs, ys, strict=True):
+            coarse = [] if len(data_set.labels) == 1 else [label // 5]
+            planes = [picture[:, :, channel].tobytes() for channel in range(3)]
+            out[name] += bytes([*coarse, label]) + b"".join(planes)
+    return out
+
+
+class Small(NamedTuple):
+    row: data.DataSet
+    packed: dict  # {name: bytes}, as the server has them
+    arrays: list  # what they hold
+
+
+def small_cifar(row):
+    shapes = (10, 32, 32, 3), (10,), (4, 32, 32, 3), (4,)
+    arrays = small_arrays(row.labels[-1], *shapes)
+    packed = {row.files[0].name: tar(bins(row, arrays))}
+    return small_row(row, packed, arrays, (10, 4))
+
+
+def small_text():
+    content = np.random.RandomState(1).randint(256, size=10_007).astype("u1")
+    arrays = np.split(content, [8005, 9006])
+    packed = {"input.txt": content.tobytes()}
+    return small_row(data.TINY_SHAKESPEARE, packed, arrays, (10_000,))
+
+
+def small_row(row, packed, arrays, sizes):
+    (file,), (content,) = row.files, packed.values()
+    digest = hashlib.new(file.algorithm, content).hexdigest()
+    file = data.File(file.name, digest, (len(content),), file.algorithm)
+    row = row._replace(files=(file,), addresses=(), sizes=sizes)
+    return Small(row, packed, arrays)
+
+
+SMALLS = {
+    "fashion_mnist": Small(SMALL, PACKED, ARRAYS),
+    "mnist": Small(SMALL._replace(name="mnist", folder="mnist"), PACKED, ARRAYS),
+    "cifar10": small_cifar(data.CIFAR_10),
+    "cifar100": small_cifar(data.CIFAR_100),
+    "text": small_text(),
+}
+ROWS = {  # what they are called in data.py
+    "fashion_mnist": "FASHION_MNIST",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR_10",
+    "cifar100": "CIFAR_100",
+    "text": "TINY_SHAKESPEARE",
+}
+EVERY = pytest.mark.parametrize("which", SMALLS)
+CIFAR = pytest.mark.parametrize("which", ["cifar10", "cifar100"])
+
+
+def load(which, *args, **kwargs):
+    return getattr(data, which)(*args, **kwargs)
 
 
 def write(folder, packed=PACKED):
@@ -66,22 +150,26 @@ def write(folder, packed=PACKED):
     return folder
 
 
-def is_small(images):
-    got = images.train_images, images.train_labels, images.test_images
-    same = zip((*got, images.test_labels), ARRAYS, strict=True)
-    return all((a.reshape(b.shape) == b).all() for a, b in same) and not images.stand_in
+def is_small(got, which="fashion_mnist"):
+    arrays = SMALLS[which].arrays
+    same = zip(got[: len(arrays)], arrays, strict=True)
+    return all((a.reshape(b.shape) == b).all() for a, b in same) and not got.stand_in
+
+
+@functools.cache
+def templates(draw=standins.draw_all_templates):
+    return draw(np.random.RandomState(0))
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A machine with an empty cache, no `$STAR_DATA`, and 50 images to find."""
+    """A machine with an empty cache, no `$STAR_DATA`, and small data sets to find."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("STAR_DATA", raising=False)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(data, "FASHION_MNIST", SMALL)
-    monkeypatch.setattr(data, "MNIST", SMALL_MNIST)
-    draw = functools.partial(data.fashion_mnist_stand_in, train=20, test=10)
-    monkeypatch.setattr(data, "fashion_mnist_stand_in", draw)
+    for which, small in SMALLS.items():
+        monkeypatch.setattr(data, ROWS[which], small.row)
+    monkeypatch.setattr(standins, "draw_all_templates", lambda rng: templates())
     return tmp_path
 
 
@@ -115,8 +203,9 @@ def serve(home, monkeypatch):
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,)).start()
         host = f"http://127.0.0.1:{servers[-1].server_port}"
         addresses = tuple(f"{host}/{i}/" for i in range(len(sites)))
-        for name, small in (("FASHION_MNIST", SMALL), ("MNIST", SMALL_MNIST)):
-            monkeypatch.setattr(data, name, small._replace(addresses=addresses))
+        for which, small in SMALLS.items():
+            row = small.row._replace(addresses=addresses)
+            monkeypatch.setattr(data, ROWS[which], row)
         return requests
 
     yield start
@@ -129,10 +218,14 @@ def files_under(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def refusal(source="auto", data_dir=None):
-    """The message of the DataError that fashion_mnist raises."""
+def quiet(line):
+    pass
+
+
+def refusal(source="auto", data_dir=None, which="fashion_mnist"):
+    """The message of the DataError that the loader raises."""
     with pytest.raises(data.DataError) as caught:
-        data.fashion_mnist(source, data_dir, log=lambda _: None)
+        load(which, source, data_dir, log=quiet)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -149,7 +242,7 @@ def point(monkeypatch, where, folder):
 
 @pytest.fixture(scope="module")
 def stand_in():
-    return data.fashion_mnist_stand_in()
+    return data.stand_in_images(data.FASHION_MNIST)
 
 
 def test_stand_in_is_the_same_everywhere(stand_in):
@@ -186,27 +279,84 @@ def test_stand_in_test_set_repeats_no_training_image(stand_in):
     assert not any(image.tobytes() in train for image in stand_in.test_images)
 
 
-@BOTH
-def test_stand_in_asked_for_needs_no_files(home, name, load):
+@EVERY
+def test_stand_in_asked_for_needs_no_files(home, which):
     """source="stand-in" looks at no folder and prints nothing."""
-    images = load("stand-in", home / "nowhere", log=pytest.fail)
-    assert (images.stand_in, images.name) == (True, f"{name} stand-in")
+    got = load(which, "stand-in", home / "nowhere", log=pytest.fail)
+    assert (got.stand_in, got.name) == (True, f"{SMALLS[which].row.name} stand-in")
+
+
+@pytest.mark.parametrize(
+    ("row", "checksum", "accuracy"),
+    [
+        (data.CIFAR_10, "f88b900dedab1f67", (0.4, 0.7)),
+        (data.CIFAR_100, "f9a1910a9cb61b0a", (0.1, 0.4)),
+    ],
+    ids=["cifar-10", "cifar-100"],
+)
+def test_coloured_stand_ins_are_pinned_balanced_and_learnable(row, checksum, accuracy):
+    """One fixed data set; least squares on 6,000 tells classes far better than chance."""
+    got = data.stand_in_images(row, (6000, 1000))
+    assert got.checksum == checksum
+    assert got.train_images.shape == (6000, 32, 32, 3)
+    assert got.train_images.dtype == got.train_labels.dtype == np.uint8
+    assert (np.bincount(got.test_labels) == 1000 // got.classes).all()
+    assert 0.3 < got.train_images.mean() / 255 < 0.5
+    halved = [x[:, 1::2, 1::2].reshape(len(x), -1) / np.float32(255) for x in got[:3:2]]
+    y = np.eye(got.classes, dtype=np.float32)[got.train_labels]
+    weights = np.linalg.solve(
+        halved[0].T @ halved[0] + 30 * np.eye(768), halved[0].T @ y
+    )
+    right = (halved[1] @ weights).argmax(-1) == got.test_labels
+    assert accuracy[0] < right.mean() < accuracy[1]
+
+
+def bits_per_byte(text, context):
+    """Cross-entropy of text.valid under counts of text.train given `context` bytes."""
+
+    def codes(x):
+        windows = np.lib.stride_tricks.sliding_window_view(x, context + 1)
+        return [tuple(row) for row in windows.tolist()]
+
+    pairs = collections.Counter(codes(text.train))
+    contexts = collections.Counter()
+    for code, n in pairs.items():
+        contexts[code[:-1]] += n
+    p = [(pairs[c] + 1 / 256) / (contexts[c[:-1]] + 1) for c in codes(text.valid)]
+    return -np.log2(p).mean()
+
+
+def test_stand_in_text_is_pinned_and_rewards_memory():
+    """1 MB, split in 80, 10 and 10 %; the more bytes a model sees, the more it knows."""
+    text = data.stand_in_text(data.TINY_SHAKESPEARE)
+    assert text.checksum == "6cbdcc57b52fc84e"
+    assert [len(x) for x in text[:3]] == [800_000, 100_000, 100_000]
+    short = text._replace(train=text.train[:200_000], valid=text.valid[:20_000])
+    bits = [bits_per_byte(short, n) for n in (0, 2, 5)]
+    assert bits[0] > 1.5 * bits[1] > 1.5 * bits[2] > 0.5
 
 
 # Finding files
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("source", "where"), EACH)
 def test_files_are_found_where_the_user_points(
-    home, monkeypatch, name, load, nested, source, where
+    home, monkeypatch, which, nested, source, where
 ):
     """The files may lie in the folder pointed at, or in the data set's folder there."""
-    write(home / "mine" / name if nested else home / "mine")
-    images = load(source, point(monkeypatch, where, home / "mine"), log=pytest.fail)
-    assert is_small(images)
-    assert images.name == name
+    row, packed, _ = SMALLS[which]
+    write(home / "mine" / row.folder if nested else home / "mine", packed)
+    folder = point(monkeypatch, where, home / "mine")
+    got = load(which, source, folder, log=pytest.fail)
+    assert is_small(got, which)
+    assert got.name == row.name
+    assert data.about(got) == {
+        "dataset": row.name,
+        "dataset_checksum": got.checksum,
+        "stand_in": False,
+    }
 
 
 def test_data_sets_with_the_same_file_names_lie_side_by_side(home):
@@ -214,8 +364,8 @@ def test_data_sets_with_the_same_file_names_lie_side_by_side(home):
     swapped = {f: pack(a[::-1]) for f, a in zip(NAMES, ARRAYS, strict=True)}
     write(home / "mine" / "mnist")
     write(home / "mine" / "fashion-mnist", swapped)
-    assert is_small(data.mnist("real", home / "mine", log=pytest.fail))
-    assert not is_small(data.fashion_mnist("real", home / "mine", log=lambda _: None))
+    assert is_small(data.mnist("real", home / "mine", log=pytest.fail), "mnist")
+    assert not is_small(data.fashion_mnist("real", home / "mine", log=quiet))
 
 
 @BOTH
@@ -244,20 +394,24 @@ def test_variable_without_this_data_set_falls_through_to_the_cache(home, monkeyp
     assert is_small(data.fashion_mnist("real"))
 
 
+@EVERY
 @pytest.mark.parametrize(("source", "where"), EACH)
-def test_a_missing_folder_is_an_error(home, monkeypatch, source, where):
+def test_a_missing_folder_is_an_error(home, monkeypatch, which, source, where):
     """A folder that the user names and that does not exist is never passed over."""
-    write(home / "cache" / "star" / "fashion-mnist")
+    row, packed, _ = SMALLS[which]
+    write(home / "cache" / "star" / row.folder, packed)
     argument = point(monkeypatch, where, home / "nowhere")
-    assert "nowhere is not a folder" in refusal(source, argument)
+    assert "nowhere is not a folder" in refusal(source, argument, which)
 
 
+@EVERY
 @pytest.mark.parametrize("source", ["real", "auto"])
-def test_an_argument_without_files_is_an_error(home, source):
+def test_an_argument_without_files_is_an_error(home, which, source):
     """`data_dir` must hold the data set, even when the cache does."""
-    write(home / "cache" / "star" / "fashion-mnist")
+    row, packed, _ = SMALLS[which]
+    write(home / "cache" / "star" / row.folder, packed)
     (home / "empty").mkdir()
-    assert NAMES[0] in refusal(source, home / "empty")
+    assert row.forms[-1][0] in refusal(source, home / "empty", which)
 
 
 @pytest.mark.parametrize(("source", "where"), EACH)
@@ -280,16 +434,18 @@ def test_other_data_under_the_same_names_is_told_apart(home):
     lines = []
     images = data.fashion_mnist("real", write(home / "mine", swapped), lines.append)
     assert "not the official fashion-mnist" in lines[0]
+    assert images.name == "fashion-mnist (not the official bytes)"
     assert images.checksum != SMALL.checksum
 
 
-def test_images_cannot_be_changed(home):
-    """The arrays are read-only, so the checksum stays theirs."""
-    for images in (
-        data.fashion_mnist("real", write(home / "mine")),
-        data.fashion_mnist("stand-in"),
-    ):
-        assert not any(array.flags.writeable for array in images[:4])
+@EVERY
+def test_arrays_cannot_be_changed(home, which):
+    """They are read-only, so the checksum stays theirs."""
+    folder = write(home / "mine", SMALLS[which].packed)
+    for got in (load(which, "real", folder), load(which, "stand-in")):
+        arrays = [x for x in got if isinstance(x, np.ndarray)]
+        assert len(arrays) == len(SMALLS[which].arrays)
+        assert not any(array.flags.writeable for array in arrays)
 
 
 FASHION_COUNTS = [6000] * 10, [1000] * 10
@@ -336,6 +492,208 @@ def test_pinned_mnist_is_the_official_one_unpacked():
         "2646ac647ad5339dbf082846283269ea",
         "27ae3e4e09519cfbb04c329615203637",
     ]
+
+
+CIFAR_MEANS = {  # of red, green, blue over the official training set, in 0 .. 1
+    "cifar10": (0.4914, 0.4822, 0.4465),
+    "cifar100": (0.5071, 0.4865, 0.4409),
+}
+
+
+@CIFAR
+def test_real_cifar_has_the_published_channel_means(which):
+    """$STAR_DATA's copy, perhaps a sample, looks like CIFAR; if unpacked, says so."""
+    row = getattr(data, ROWS[which])
+    if not STAR_DATA or not Path(STAR_DATA, row.folder).is_dir():
+        pytest.skip(f"$STAR_DATA holds no {row.name}")
+    got = load(which, "real", STAR_DATA, log=quiet)
+    means = got.train_images[::10].mean((0, 1, 2)) / 255
+    np.testing.assert_allclose(means, CIFAR_MEANS[which], atol=0.01)
+    assert len(np.unique(got.test_labels)) == got.classes
+    assert (got.name == row.name) == Path(STAR_DATA, row.files[0].name).is_file()
+
+
+def test_real_tinyshakespeare_is_known_by_its_digest():
+    """Under whatever name: here `$STAR_DATA/text/tinyshakespeare.txt`."""
+    path = Path(STAR_DATA, "text", "tinyshakespeare.txt")
+    if not STAR_DATA or not path.is_file():
+        pytest.skip("$STAR_DATA holds no tinyshakespeare.txt")
+    text = data.text("real", path, log=pytest.fail)
+    assert text.name == "tinyshakespeare"
+    assert bytes(text.train[:14]) == b"First Citizen:"
+    assert [len(x) for x in text[:3]] == [892315, 111539, 111540]
+
+
+# CIFAR's files
+
+
+@CIFAR
+@pytest.mark.parametrize("nested", [False, True])
+def test_unpacked_cifar_is_read_and_called_unverified(home, which, nested):
+    """The .bin files hold the archive's pictures; the name says that nobody knows."""
+    row, _, arrays = SMALLS[which]
+    write(home / "mine" / row.folder if nested else home / "mine", bins(row, arrays))
+    lines = []
+    got = load(which, "real", home / "mine", lines.append)
+    assert is_small(got, which)
+    assert got.name == f"{row.name} (not verified)"
+    assert row.files[0].name in lines[0]
+
+
+@CIFAR
+def test_the_archive_beats_the_unpacked_files(home, which):
+    """What can be verified comes first, beside the folder or in it, or pointed at."""
+    row, packed, arrays = SMALLS[which]
+    write(home / "mine" / row.folder, bins(row, [a[::-1] for a in arrays]))
+    write(home / "mine", packed)
+    for path in (home / "mine", home / "mine" / row.files[0].name):
+        assert is_small(load(which, "real", path, log=pytest.fail), which)
+
+
+@CIFAR
+def test_fewer_pictures_are_counted_in_the_name(home, which):
+    """Whole records are enough, whatever their number; the name tells it."""
+    row, _, arrays = SMALLS[which]
+    files = bins(row, arrays)
+    record = len(row.labels) + 3072
+    first, last = row.forms[-1][0], row.forms[-1][-1]
+    files[first], files[last] = files[first][record:], files[last][: 3 * record]
+    got = load(which, "real", write(home / "mine", files), log=quiet)
+    assert got.name == f"{row.name} (9 + 3 pictures, not verified)"
+    assert (got.train_images == arrays[0][1:]).all()
+    assert (got.test_labels == arrays[3][:3]).all()
+
+
+@CIFAR
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: b"", "0 bytes are no records"),
+        (lambda raw: raw[:-1], "bytes are no records"),
+        (lambda raw: raw + raw, "more than"),
+        (lambda raw: b"\xff" + raw[1:], "labels up to 255, not "),
+    ],
+    ids=["empty", "cut", "long", "label"],
+)
+def test_damaged_cifar_files_are_refused(home, which, change, words):
+    """A .bin file of another form is an error that names it."""
+    row, _, arrays = SMALLS[which]
+    files = bins(row, arrays)
+    for name in (row.forms[-1][0], row.forms[-1][-1]):
+        folder = write(home / name, files | {name: change(files[name])})
+        message = refusal("auto", folder, which)
+        assert f"{folder / name}: " in message
+        assert words in message
+
+
+def test_labels_out_of_range_are_refused(home):
+    """The coarse label of CIFAR-100 is below 20, the fine one below 100."""
+    row, _, arrays = SMALLS["cifar100"]
+    files = bins(row, arrays)
+    for raw, words in ((b"\x14\x00", "up to 20, not 19"), (b"\x00d", "to 100, not 99")):
+        raw += files["test.bin"][2:]
+        folder = write(home / "mine", files | {"test.bin": raw})
+        assert words in refusal("real", folder, "cifar100")
+
+
+@CIFAR
+def test_missing_cifar_files_are_named(home, which):
+    """Where some of the .bin files lie, the others must lie too."""
+    row, _, arrays = SMALLS[which]
+    files = bins(row, arrays)
+    del files[row.forms[-1][-1]]
+    message = refusal("auto", write(home / "mine", files), which)
+    assert f"mine lacks {row.forms[-1][-1]} of {row.name}" in message
+
+
+@CIFAR
+def test_another_archive_is_never_unpacked(home, monkeypatch, which):
+    """Cut, changed or packed anew, an archive is refused by its MD5 alone."""
+    row, packed, arrays = SMALLS[which]
+    (name, whole), (file,) = *packed.items(), row.files
+    monkeypatch.setattr(tarfile, "open", pytest.fail)
+    for content in (b"", whole[:-9], whole + b"\0", gzip.compress(b"no tar")):
+        folder = write(home / "mine", {name: content})
+        message = refusal("auto", folder, which)
+        assert f"{folder / name}: its MD5 is " in message
+        assert file.digest in message
+
+
+@CIFAR
+@pytest.mark.parametrize("content", ["short", "long", "lacking", "no tar", "no gzip"])
+def test_an_archive_of_another_form_is_refused(home, monkeypatch, which, content):
+    """Even one of the right MD5 is read within bounds, and never onto the disk."""
+    row, _, arrays = SMALLS[which]
+    files, last = bins(row, arrays), row.forms[-1][-1]
+    if content == "short":
+        files[last] = files[last][:-1]
+    elif content == "long":
+        files[last] += bytes(9000)
+    elif content == "lacking":
+        del files[last]
+    raw = {"no tar": gzip.compress(b"no" * 999), "no gzip": b"no" * 999}
+    packed = {row.files[0].name: raw.get(content) or tar(files)}
+    changed = small_row(row, packed, arrays, row.sizes).row
+    monkeypatch.setattr(data, ROWS[which], changed)
+    message = refusal("real", write(home / "mine", packed), which)
+    words = f"its {last} has" if content not in raw else "not a readable .tar.gz file"
+    assert f"{row.files[0].name}: {words}" in message
+    assert files_under(home) == [row.files[0].name]
+
+
+@PROFILE
+@given(st.sampled_from(["cifar10", "cifar100"]), st.binary(max_size=3 * 3074))
+def test_any_records_are_read_or_refused(which, raw):
+    """Any bytes are whole records of known labels, or give DataError."""
+    row = SMALLS[which].row
+    try:
+        images, labels = data.read_records(row, "file", raw)
+    except data.DataError:
+        return
+    assert images.nbytes + len(labels) * len(row.labels) == len(raw)
+    assert labels.max() < row.labels[-1]
+
+
+# Text files
+
+
+def test_text_is_all_txt_files_sorted_each_split(home):
+    """80, 10 and 10 % of every file; hidden files, folders and other names are no text."""
+    files = {"b.txt": b"b" * 10_000, "a.txt": b"a" * 7_000 + b"A" * 3_000}
+    write(home / "mine" / "text", files | {".c.txt": b"c", "d.md": b"d"})
+    write(home / "mine" / "text" / "inside.txt", {"e.txt": b"e"})
+    write(home / "mine", {"f.txt": b"f"})  # the folder called text comes first
+    text = data.text("real", home / "mine", log=pytest.fail)
+    assert bytes(text.train) == b"a" * 7000 + b"A" * 1000 + b"b" * 8000
+    assert bytes(text.valid) == b"A" * 1000 + b"b" * 1000
+    assert bytes(text.test) == bytes(text.valid)
+    assert (text.name, text.stand_in) == ("own text text (2 files)", False)
+
+
+def test_text_may_be_one_file_or_an_inner_folder(home, monkeypatch):
+    """`data_dir` or `$STAR_DATA` may be a .txt file or any folder that has some."""
+    path = write(home / "a$b", {"x$y.txt": b"x" * 10_000}) / "x$y.txt"
+    for where in (path, path.parent):
+        assert data.text("real", where).name == "own text x_y.txt"
+    write(path.parent, {"z.txt": b"z"})
+    assert data.text("real", path.parent).name == "own text a_b (2 files)"
+    monkeypatch.setenv("STAR_DATA", str(path))
+    assert data.text("real").name == "own text x_y.txt"
+    assert "is not a folder" in refusal("real", path, "mnist")
+    assert "is not a folder" in refusal(
+        "real", write(home, {"t.md": b""}) / "t.md", "text"
+    )
+
+
+def test_text_has_a_least_and_a_most_size(home, monkeypatch):
+    """Too little text to split is refused, and too much, whatever the files' number."""
+    folder = write(home / "mine", {"a.txt": bytes(5_000), "b.txt": bytes(4_999)})
+    assert "9999 bytes of text, less than 10000" in refusal("real", folder, "text")
+    monkeypatch.setattr(data, "TEXT_BYTES", (1_000, 9_998))
+    assert "b.txt: more than 4998 bytes" in refusal("real", folder, "text")
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").symlink_to(folder / "nowhere")
+    assert len(data.text("real", folder).train) == 4000
 
 
 # Damaged files
@@ -416,20 +774,23 @@ def test_a_gzip_bomb_is_not_unpacked(scratch):
 # Downloads
 
 
-@BOTH
-def test_a_download_lands_in_the_cache_and_is_found_again(serve, home, name, load):
+@EVERY
+def test_a_download_lands_in_the_cache_and_is_found_again(serve, home, which):
     """The second call reads the cache and asks no server."""
-    requests = serve(PACKED)
-    assert is_small(load("auto", log=lambda _: None))
-    assert files_under(home / "cache" / "star" / name) == sorted(NAMES)
-    assert is_small(load("real", log=pytest.fail))
-    assert requests == [(0, name) for name in NAMES]
+    row, packed, _ = SMALLS[which]
+    requests = serve(packed)
+    assert is_small(load(which, "auto", log=quiet), which)
+    assert files_under(home / "cache" / "star" / row.folder) == sorted(packed)
+    got = load(which, "real", log=pytest.fail)
+    assert is_small(got, which)
+    assert got.name == row.name
+    assert requests == [(0, name) for name in packed]
 
 
 def test_the_mirror_is_used_when_the_first_address_fails(serve, home):
     """A failing address is asked once, not once for each file."""
     requests = serve({}, PACKED)
-    assert is_small(data.fashion_mnist("real", log=lambda _: None))
+    assert is_small(data.fashion_mnist("real", log=quiet))
     assert requests == [(0, NAMES[0])] + [(1, name) for name in NAMES]
 
 
@@ -438,16 +799,19 @@ def test_an_interrupted_download_is_completed(serve, home):
     requests = serve(PACKED)
     cache = home / "cache" / "star" / "fashion-mnist"
     write(cache, {name: PACKED[name] for name in NAMES[:2]})
-    assert is_small(data.fashion_mnist("real", log=lambda _: None))
+    assert is_small(data.fashion_mnist("real", log=quiet))
     assert requests == [(0, name) for name in NAMES[2:]]
 
 
-def test_a_wrong_checksum_leaves_nothing_behind(serve, home):
-    """What fails its MD5 is deleted, and the error says which address sent it."""
-    serve({name: content + b"\0" for name, content in PACKED.items()}, {})
-    message = refusal("real")
-    assert f"/0/{NAMES[0]}: its MD5 is" in message
-    assert f"/1/{NAMES[0]}: HTTP Error 404" in message
+@EVERY
+def test_a_wrong_checksum_leaves_nothing_behind(serve, home, which):
+    """What fails its digest is deleted, and the error says which address sent it."""
+    packed = SMALLS[which].packed
+    serve({name: content + b"\0" for name, content in packed.items()}, {})
+    message, name = refusal("real", None, which), next(iter(packed))
+    algorithm = "SHA256" if which == "text" else "MD5"
+    assert f"/0/{name}: its {algorithm} is" in message
+    assert f"/1/{name}: HTTP Error 404" in message
     assert files_under(home) == []
 
 
@@ -465,8 +829,10 @@ def test_a_truncated_download_leaves_nothing_behind(serve, home):
     assert files_under(home) == []
 
 
-def too_much(handler, block, pause):
+def too_much(handler, block, pause, length=None):
     handler.send_response(200)
+    if length:
+        handler.send_header("Content-Length", length)
     handler.end_headers()
     try:
         for _ in range(500):
@@ -483,16 +849,19 @@ def test_a_download_that_does_not_end_is_cut(serve, home):
     assert files_under(home) == []
 
 
-def test_a_slow_download_reports_progress_and_ends(serve, home, monkeypatch):
-    """A file has a time limit, and until then its size and rate are shown."""
+@pytest.mark.parametrize(("length", "end"), [(None, " MB/s"), ("500", " s left")])
+def test_a_slow_download_reports_progress_and_ends(
+    serve, home, monkeypatch, length, end
+):
+    """A file has a time limit; until then its size, rate and, if known, rest are shown."""
     monkeypatch.setattr(data, "FILE_SECONDS", 0.3)
     monkeypatch.setattr(data, "PROGRESS_SECONDS", 0.1)
-    serve(functools.partial(too_much, block=b"x", pause=0.02))
+    serve(functools.partial(too_much, block=b"x", pause=0.02, length=length))
     lines, start = [], time.monotonic()
     with pytest.raises(data.DataError, match="not whole after 0.3 s"):
         data.fashion_mnist("real", log=lines.append)
     assert time.monotonic() - start < 2
-    assert any(line.endswith(" MB/s") for line in lines)
+    assert any(line.endswith(end) for line in lines)
     assert files_under(home) == []
 
 
@@ -529,12 +898,12 @@ def test_a_slow_name_lookup_costs_one_time_limit(home, monkeypatch):
     assert message.count("no answer within 0.1 s") == 2
 
 
-@BOTH
-def test_without_any_source_auto_warns_and_draws(serve, home, capsys, name, load):
+@EVERY
+def test_without_any_source_auto_warns_and_draws(serve, home, capsys, which):
     """Offline, "auto" gives the stand-in under its own name after a loud warning."""
     serve({}, {})
-    images = load()
-    assert (images.stand_in, images.name) == (True, f"{name} stand-in")
+    got, name = load(which), SMALLS[which].row.name
+    assert (got.stand_in, got.name) == (True, f"{name} stand-in")
     warning = capsys.readouterr().err
     assert f"WARNING: no {name}" in warning
     assert "STAND-IN" in warning
@@ -545,7 +914,7 @@ def test_a_cache_that_cannot_be_written_is_no_crash(serve, home):
     """A file in the cache's place means no download, not a traceback."""
     serve(PACKED)
     (home / "cache").write_text("in the way")
-    assert data.fashion_mnist("auto", log=lambda _: None).stand_in
+    assert data.fashion_mnist("auto", log=quiet).stand_in
     assert "cache" in refusal("real")
 
 
@@ -553,10 +922,11 @@ def test_a_cache_that_cannot_be_written_is_no_crash(serve, home):
 
 
 def test_data_needs_numpy_alone():
-    """data.py imports numpy and the standard library only, and never unpickles."""
-    nodes = list(ast.walk(ast.parse(Path(data.__file__).read_text())))
-    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
-    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
-    roots = {name.split(".")[0] for name in names}
-    assert roots - set(sys.stdlib_module_names) == {"numpy"}
-    assert not roots & {"pickle", "marshal", "shelve"}
+    """data.py and standins.py need numpy beside the library, and never unpickle."""
+    for module, others in ((data, {"numpy", "standins"}), (standins, {"numpy"})):
+        nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+        names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        roots = {name.split(".")[0] for name in names}
+        assert roots - set(sys.stdlib_module_names) == others
+        assert not roots & {"pickle", "marshal", "shelve"}
