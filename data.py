@@ -238,6 +238,11 @@ def about(data):
     }
 
 
+def about_formula(name="drawn from its formula"):
+    """`about` for what needs no files."""
+    return {"dataset": name, "dataset_checksum": "", "stand_in": False}
+
+
 def load_images(data_set, read, source, data_dir, log):
     paths = locate(data_set, source, data_dir, log)
     if paths is None:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from data import about_formula
 from tasks import TASKS
 
 START = -1.2  # w_0 of the toy
@@ -575,11 +576,7 @@ def plot_2ef(result: dict, plt):
     return figure
 
 
-TOY = {
-    "dataset": "(w - 4)(w - 3) w^2, drawn from its formula",
-    "dataset_checksum": "",
-    "stand_in": False,
-}
+TOY = about_formula("(w - 4)(w - 3) w^2, drawn from its formula")
 
 
 def _figure_2abc(args):

@@ -10,6 +10,7 @@ import optax
 
 import estimators
 import nqm
+from data import about_formula
 from inner import ema
 
 HORIZONS = (1, 2, 3, 4, 5, 10, 25, 50, 100, 150, 200, 250, 300, *range(400, 1001, 100))
@@ -353,11 +354,7 @@ def plot_2c(result: dict, plt):
     return figure
 
 
-QUADRATIC = {
-    "dataset": "noisy quadratic model, drawn from its formula",
-    "dataset_checksum": "",
-    "stand_in": False,
-}
+QUADRATIC = about_formula("noisy quadratic model, drawn from its formula")
 
 
 def _figure_1(args):

@@ -382,11 +382,7 @@ def quadratic() -> Task:
 
 
 def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
-    return {}, {
-        "dataset": "drawn from its formula",
-        "dataset_checksum": "",
-        "stand_in": False,
-    }
+    return {}, datasets.about_formula()
 
 
 def _images(dataset, transform=lambda x: x, arrange=lambda splits: splits):
