@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import inner
 import networks
@@ -42,10 +43,14 @@ SIZES = {
     "lstm": (494_467, 11.3),
     "lstm_small": (50_083, 0.253),
     "transformer": (4_082_179, 106),
-    "transformer_small": (183_427, 0.283),
+    "transformer_small": (183_491, 0.271),
     "es_mlp": (427_658, 1.86),
     "es_mlp_small": (2_410, 0.00182),
 }
+
+
+# for programs that run once: quick to compile, slow to run
+once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def all_close(a, b, tolerance=1e-5):
@@ -99,7 +104,8 @@ FIRST_LOSS |= dict.fromkeys(("lstm_small", "transformer_small"), math.log(259))
 
 @pytest.mark.parametrize("name", tasks.SUITES["small"])
 def test_small_task_can_be_trained(name, use_stand_in):
-    """First loss as of a network that knows nothing; Adam lowers it on one batch; every
+    """First loss as of a network that knows nothing, exactly so for the ResNet, whose last
+    layer is zero; Adam lowers it on one batch; every
     tensor moves."""
     spec = tasks.TASKS[name]
     data, about = spec.load()
@@ -107,42 +113,32 @@ def test_small_task_can_be_trained(name, use_stand_in):
 
     def run(data):
         task = spec.build(data, KEY, 16)
-        params, batch = task.init(KEY), task.batch(KEY, "train")
+        batch = task.batch(KEY, "train")
+        flat, unravel = ravel_pytree(task.init(KEY))  # one vector: less to compile
         adam = optax.adam(3e-3)
 
         def step(carry, key):
-            params, state = carry
-            loss, grads = jax.value_and_grad(task.loss)(params, key, batch)
+            flat, state = carry
+            loss, grads = jax.value_and_grad(
+                lambda flat: task.loss(unravel(flat), key, batch)
+            )(flat)
             updates, state = adam.update(grads, state)
-            return (optax.apply_updates(params, updates), state), loss
+            return (flat + updates, state), loss
 
         keys = jax.random.split(KEY, 40)
-        (last, _), losses = jax.lax.scan(step, (params, adam.init(params)), keys)
-        return params, last, losses
+        (last, _), losses = jax.lax.scan(step, (flat, adam.init(flat)), keys)
+        return unravel(flat), unravel(last), losses
 
-    # quick to compile, slow to run
-    options = {"xla_backend_optimization_level": "0"}
-    params, last, losses = jax.jit(run, compiler_options=options)(data)
+    params, last, losses = once(run)(data)
     expected = FIRST_LOSS.get(name, math.log(10))
-    assert float(losses[0]) == pytest.approx(
-        expected, rel=0.35 if expected > 1 else 0.6
-    )
+    near = {"resnet_c100_small": 1e-6}.get(name, 0.35 if expected > 1 else 0.6)
+    assert float(losses[0]) == pytest.approx(expected, rel=near)
     assert np.isfinite(losses).all()
     assert losses[-5:].mean() < (0.99 if name.startswith("es") else 0.9) * losses[0]
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(last), strict=True
     ):
         assert np.isfinite(b).all() and (a != b).any(), path
-
-
-def test_resnet_starts_at_ln_100_exactly(use_stand_in):
-    """Its last layer is zero, so all classes are equal."""
-    network = networks.resnet((8, 8, 3), 100, channels=(8, 8), first=3)
-    x = jax.random.uniform(KEY, (4, 8, 8, 3))
-    logits = network.apply(network.init(KEY), KEY, x)
-    assert not np.asarray(logits).any()
-    loss = tasks.cross_entropy(logits, jnp.arange(4))
-    assert float(loss) == pytest.approx(math.log(100), rel=1e-6)
 
 
 def test_loss_limits():
@@ -325,14 +321,14 @@ def test_evaluate_is_the_loss_over_the_test_split(use_stand_in):
         spec = tasks.TASKS[name]
         data, _ = spec.load()
         task = spec.build(data, KEY)
-        params = task.init(KEY)
+        params = once(task.init)(KEY)
         if name == "lstm_small":
             starts = np.linspace(0, len(data["test"]) - 33, 500).astype(int)
             batch = tasks.windows(data["test"], starts, 32)
         else:
             batch = tasks.to_batch(data["test"])
-        test = jax.jit(task.evaluate)(params)
-        expected = jax.jit(task.loss)(params, KEY, batch)
+        test = once(task.evaluate)(params)
+        expected = once(task.loss)(params, KEY, batch)
         assert float(test["test_loss"]) == pytest.approx(float(expected), rel=1e-5)
     assert set(test) == {"test_loss", "test_accuracy"}
     assert 0 <= test["test_accuracy"] < 0.1
@@ -342,10 +338,12 @@ def test_evaluate_is_the_loss_over_the_test_split(use_stand_in):
 
 
 def test_squared_errors_are_means_over_everything():
-    """MSE over batch and classes on one-hot labels; the autoencoder over batch and pixels."""
+    """MSE over batch and classes; the autoencoder over batch and pixels."""
     logits, labels = np.array([[1.0, 0.5], [0.0, 2.0]], np.float32), np.array([0, 0])
     assert tasks.squared_error(logits, labels) == pytest.approx((0.25 + 1 + 4) / 4)
-    flat = networks.Network(lambda key: (), lambda p, key, x: jnp.full((2, 4), 0.25))
+    flat = networks.Network(
+        lambda key: (), lambda p, key, x: jnp.full((len(x), 4), 0.25)
+    )
     split = tasks.Split(jnp.zeros((2, 2, 2, 1), jnp.uint8), jnp.zeros(2, jnp.uint8))
     task = tasks.autoencoder(None, split, flat)
     images = jnp.stack([jnp.zeros((2, 2, 1)), jnp.ones((2, 2, 1))])
@@ -360,7 +358,7 @@ def test_es_gradient_is_unbiased_and_keeps_the_value():
     task = tasks.es_gradient(plain, pairs=4, sigma=0.1)
     phi, xi = jnp.asarray([0.7, -1.3]), jnp.asarray([0.4, 0.1])
     keys = jax.random.split(KEY, 3000)
-    grad = jax.jit(jax.vmap(jax.value_and_grad(task.loss), (None, 0, None)))
+    grad = once(jax.vmap(jax.value_and_grad(task.loss), (None, 0, None)))
     values, grads = grad(phi, keys, xi)
     value, exact = jax.value_and_grad(plain.loss)(phi, KEY, xi)
     all_close(values, jnp.full(3000, value))
@@ -379,9 +377,17 @@ def test_es_gradient_is_unbiased_and_keeps_the_value():
 def test_initial_weights_are_cut_at_two_and_not_widened():
     """Standard deviation 0.88 / sqrt(fan-in), nothing beyond 2 / sqrt(fan-in); inside of
     the transformer sqrt(2 / (layers fan-in)); embeddings 0.88."""
-    dense = networks.dense_init(KEY, 400, 100)
-    kernel = networks.conv_init(KEY, 3, 40, 100)
-    model = networks.transformer(500, width=64, layers=5, heads=2).init(KEY)
+
+    @once
+    def draw(key):
+        model = networks.transformer(500, width=64, layers=5, heads=2).init(key)
+        return (
+            networks.dense_init(key, 400, 100),
+            networks.conv_init(key, 3, 40, 100),
+            model,
+        )
+
+    dense, kernel, model = jax.device_get(draw(KEY))
     for w, std, widened in (
         (dense["w"], 0.8796 / 20, 0.8796),
         (kernel["w"], 0.8796 / math.sqrt(360), 0.8796),
@@ -409,13 +415,19 @@ def test_convolution_as_a_product_is_the_convolution(shape, size, stride):
         y, pull = jax.vjp(partial(f, stride=stride), w, x)
         return y, *pull(jnp.sin(y))
 
-    for a, b in zip(
-        *map(outcome, (networks.conv_as_product, networks.conv_by_xla)), strict=True
-    ):
-        all_close(a, b, 1e-4)
-    window, strides = (1, size, size, 1), (1, stride, stride, 1)
-    pooled = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, "SAME")
-    np.testing.assert_array_equal(networks.max_pool(x, size, stride), pooled)
+    @once
+    def both(w, x):
+        window, strides = (1, size, size, 1), (1, stride, stride, 1)
+        pooled = jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, window, strides, "SAME"
+        )
+        return (
+            (*outcome(networks.conv_as_product), networks.max_pool(x, size, stride)),
+            (*outcome(networks.conv_by_xla), pooled),
+        )
+
+    for ours, xlas in zip(*both(w, x), strict=True):
+        all_close(ours, xlas, 1e-4)
 
 
 def test_norms_normalise_over_the_right_axes():
@@ -426,13 +438,13 @@ def test_norms_normalise_over_the_right_axes():
         (networks.LAYER_NORM, 3, (8,)),
         (networks.BATCH_NORM, (0, 1, 2), (1, 1, 1, 8)),
     ):
-        params = norm.init(8, 4)
+        apply, params = once(norm.apply), norm.init(8, 4)
         assert {p.shape for p in jax.tree.leaves(params)} == {shape}
-        y = np.asarray(norm.apply(params, x))
+        y = np.asarray(apply(params, x))
         all_close(y.mean(axes), 0, 1e-5)
         all_close(y.std(axes), 1, 1e-4)
         moved = jax.tree.map(lambda p: p + 1, params)  # scale 2, offset 1
-        all_close(norm.apply(moved, x), 2 * y + 1)
+        all_close(apply(moved, x), 2 * y + 1)
 
 
 def test_batch_norm_sees_the_batch_and_layer_norm_does_not():
@@ -440,34 +452,39 @@ def test_batch_norm_sees_the_batch_and_layer_norm_does_not():
     x = jax.random.uniform(KEY, (3, 4, 4, 1))
     for norm, sees in ((networks.BATCH_NORM, True), (networks.LAYER_NORM, False)):
         network = networks.mlp((4, 4, 1), 5, (7,), norm=norm)
-        params = network.init(KEY)
-        alone, together = (network.apply(params, KEY, x[:n])[0] for n in (2, 3))
+
+        @once
+        def logits(x, network=network):
+            params = network.init(KEY)
+            return [network.apply(params, KEY, x[:n])[0] for n in (2, 3)]
+
+        alone, together = logits(x)
         assert (not np.allclose(alone, together, atol=1e-5)) == sees
 
 
 def test_convnet_puts_its_norm_after_the_relu():
     """conv, relu, norm, mean over positions, dense: written out for one layer."""
     network = networks.convnet((4, 4, 3), 5, (8,), norm=networks.LAYER_NORM)
-    params = network.init(KEY)
-    x = jax.random.uniform(KEY, (2, 4, 4, 3))
-    (layer,) = params["convs"]
-    h = jnp.maximum(networks.conv_by_xla(layer["w"], x, 2), 0)  # (2, 2, 2, 8)
-    h = (h - h.mean(3, keepdims=True)) / np.sqrt(h.var(3, keepdims=True) + 1e-5)
-    expected = h.mean((1, 2)) @ params["out"]["w"]
-    all_close(network.apply(params, KEY, x), expected)
+
+    @once
+    def compare(x):
+        params = network.init(KEY)
+        (layer,) = params["convs"]
+        h = jnp.maximum(networks.conv_by_xla(layer["w"], x, 2), 0)  # (2, 2, 2, 8)
+        h = (h - h.mean(3, keepdims=True)) / jnp.sqrt(h.var(3, keepdims=True) + 1e-5)
+        return network.apply(params, KEY, x), h.mean((1, 2)) @ params["out"]["w"]
+
+    all_close(*compare(jax.random.uniform(KEY, (2, 4, 4, 3))))
 
 
 def test_lstm_is_the_formula_step_by_step():
     """Against a plain loop over tokens and sequences, gates in the order i, g, f, o."""
     network = networks.lstm(11, embedding=3, hidden=4)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(0, 0.7, p.shape), jnp.float32),
-        network.init(KEY),
-    )
+    shapes = jax.eval_shape(network.init, KEY)
+    p = jax.tree.map(lambda p: rng.normal(0, 0.7, p.shape).astype(np.float32), shapes)
     tokens = rng.integers(0, 11, (2, 6))
-    logits = network.apply(params, KEY, jnp.asarray(tokens))
-    p = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    logits = once(network.apply)(p, KEY, tokens)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     for sequence, found in zip(tokens, logits, strict=True):
         h, c = p["h"], p["c"]
@@ -480,32 +497,36 @@ def test_lstm_is_the_formula_step_by_step():
 
 
 def test_transformer_is_causal_and_has_no_positions():
-    """A later token changes no earlier logit; two earlier tokens may change places."""
+    """A later token changes no earlier logit; with one layer, what stands before a token
+    may stand in any order."""
     network = networks.transformer(
-        11, width=8, layers=2, heads=2, head_size=4, rate=0.0
+        11, width=8, layers=1, heads=2, head_size=4, rate=0.0
     )
-    params = network.init(KEY)
-    tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]])
-    apply = jax.jit(network.apply)
-    logits = apply(params, KEY, tokens)
-    changed = apply(params, KEY, tokens.at[0, 3].set(9))
-    all_close(changed[0, :3], logits[0, :3])
-    assert (abs(changed[0, 3:] - logits[0, 3:]).max(1) > 1e-3).all()
-    swapped = apply(params, KEY, jnp.asarray([[2, 1, 3, 4, 5, 6]]))
-    one = networks.transformer(11, width=8, layers=1, heads=2, head_size=4, rate=0.0)
-    single = jax.tree.map(lambda x: x, params | {"blocks": params["blocks"][:1]})
-    a, b = (one.apply(single, KEY, t) for t in (tokens, tokens[:, [1, 0, 2, 3, 4, 5]]))
-    all_close(a[0, 2:], b[0, 2:])
-    # deeper, the first two have seen different things, but only through the mask
-    assert abs(swapped[0, 0] - logits[0, 0]).max() > 1e-3
+
+    @once
+    def run(tokens):
+        return network.apply(network.init(KEY), KEY, tokens)
+
+    later, swapped = [1, 2, 3, 9, 5, 6], [2, 1, 3, 4, 5, 6]
+    logits = np.asarray(run(jnp.asarray([[1, 2, 3, 4, 5, 6], later, swapped])))
+    all_close(logits[1, :3], logits[0, :3])
+    assert (abs(logits[1, 3:] - logits[0, 3:]).max(1) > 1e-3).all()
+    all_close(logits[2, 2:], logits[0, 2:])
+    assert (abs(logits[2, :2] - logits[0, :2]).max(1) > 1e-3).all()
 
 
 def test_attention_is_a_mean_of_values():
     """One layer, one head: softmax of q k / sqrt(d) over the tokens so far, in a loop."""
     network = networks.transformer(7, width=6, layers=1, heads=1, head_size=4, rate=0.0)
-    params = network.init(KEY)
-    block = jax.tree.map(lambda p: np.asarray(p, np.float64), params["blocks"][0])
     tokens = np.array([[1, 5, 2, 2]])
+
+    @once
+    def run(tokens):
+        params = network.init(KEY)
+        return params, network.apply(params, KEY, tokens)
+
+    params, logits = jax.device_get(run(tokens))
+    (block,) = params["blocks"]
     dense = lambda layer, x: x @ layer["w"] + layer["b"]  # noqa: E731
     gelu = lambda x: x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3)))  # noqa: E731
 
@@ -514,7 +535,7 @@ def test_attention_is_a_mean_of_values():
             x.var(-1, keepdims=True) + 1e-5
         )
 
-    h = np.asarray(params["embedding"], np.float64)[tokens[0]]
+    h = params["embedding"][tokens[0]]
     q, k, v = (dense(block[name], norm(h)) for name in "qkv")
     mixed = []
     for t in range(4):
@@ -522,17 +543,19 @@ def test_attention_is_a_mean_of_values():
         mixed.append(weights @ v[: t + 1] / weights.sum())
     h = h + dense(block["attended"], np.stack(mixed))
     h = h + dense(block["down"], gelu(dense(block["up"], norm(h))))
-    expected = dense(jax.tree.map(np.asarray, params["out"]), norm(h))
-    all_close(network.apply(params, KEY, jnp.asarray(tokens))[0], expected, 1e-4)
+    all_close(logits[0], dense(params["out"], norm(h)), 1e-4)
 
 
 def test_dropout_keeps_the_mean_and_uses_the_key():
-    """A tenth of the entries is zero, the rest larger by 10 / 9; the loss draws by its key."""
+    """A tenth is zero, the rest larger by 10 / 9; the transformer draws by its key."""
     x = networks.dropout(KEY, jnp.ones((200, 200)), 0.1)
     assert float((x == 0).mean()) == pytest.approx(0.1, abs=6 * 0.3 / 200)
     assert {round(float(v), 4) for v in np.unique(x)} == {0.0, 1.1111}
     network = networks.transformer(11, width=8, layers=1, heads=2, head_size=4)
-    params, tokens = network.init(KEY), jnp.asarray([[1, 2, 3]])
-    a, b = (network.apply(params, jax.random.key(i), tokens) for i in (1, 2))
-    assert (a != b).any()
-    np.testing.assert_array_equal(a, network.apply(params, jax.random.key(1), tokens))
+
+    @once
+    def run(key):
+        return network.apply(network.init(KEY), key, jnp.asarray([[1, 2, 3]]))
+
+    a, b, again = (run(jax.random.key(i)) for i in (1, 2, 1))
+    assert (a != b).any() and (a == again).all()
