@@ -37,10 +37,23 @@ def stand_in():
     return datasets.stand_in_images(datasets.FASHION_MNIST, (4000, 500))
 
 
+@pytest.fixture(scope="session")
+def stand_ins(stand_in):
+    """Small stand-ins for all data sets: name of the function in data.py -> its result."""
+    return {
+        "fashion_mnist": stand_in,
+        "mnist": stand_in,
+        "cifar10": datasets.stand_in_images(datasets.CIFAR_10, (400, 50)),
+        "cifar100": datasets.stand_in_images(datasets.CIFAR_100, (400, 50)),
+        "text": datasets.stand_in_text(datasets.TINY_SHAKESPEARE, (20_000,)),
+    }
+
+
 @pytest.fixture
-def use_stand_in(stand_in, monkeypatch):
-    """Tasks that ask for Fashion-MNIST get the small stand-in."""
-    monkeypatch.setattr(datasets, "fashion_mnist", lambda *_, **__: stand_in)
+def use_stand_in(stand_ins, monkeypatch):
+    """Tasks get the small stand-ins, whatever data they ask for."""
+    for name, found in stand_ins.items():
+        monkeypatch.setattr(datasets, name, lambda *_, found=found, **__: found)
 
 
 @pytest.fixture
