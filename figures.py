@@ -89,7 +89,7 @@ FIGURES = {
 
 def _finite(values):
     """Nested lists and dicts, with None for nan and inf, which JSON does not have."""
-    if isinstance(values, str):
+    if values is None or isinstance(values, str):
         return values
     if isinstance(values, dict):
         return {name: _finite(v) for name, v in values.items()}

@@ -160,10 +160,14 @@ def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
     (meta-seeds, points) with its thetas, one fresh seed each, far beyond the horizon."""
     runs = find_runs(pathlib.Path(args.runs), variants)
     cards = [read_card(path / "theta.npz") for paths in runs.values() for path in paths]
-    task = cards[0]["task"]
     for name in ("task", "inner_steps"):
         if len(found := {card.get(name) for card in cards}) > 1:
-            raise UserError(f"{args.runs}: runs differ in {name}: {sorted(found)}")
+            raise UserError(
+                f"{args.runs}: runs differ in {name}: {sorted(map(str, found))}"
+            )
+    task = cards[0].get("task")
+    if task not in TASKS or "recipe" not in cards[0]:
+        raise UserError(f"{args.runs} has thetas that train.py did not write")
     data, about = TASKS[task].load(args.data, args.data_dir)
     steps = args.steps or steps
     every = thinning(steps)
