@@ -113,9 +113,9 @@ def shifted(x, size: int, stride: int, fill: float) -> list:
     ]
 
 
-def dropout(key, x, rate: float):
-    """Zero with probability `rate`, else divided by 1 - rate: the mean stays."""
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def dropout_factors(key, shape, rate: float):
+    """What to multiply by: 0 with probability `rate`, else 1 / (1 - rate); mean 1."""
+    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
 def normalise(params, x, axes):
@@ -365,11 +365,11 @@ def transformer(
 
     def apply(params, key, tokens):
         h = params["embedding"][tokens]  # (B, T, D)
-        keys = jax.random.split(key, (layers, 2))
-        for layer, (key1, key2) in zip(params["blocks"], keys, strict=True):
-            h += dropout(key1, attention(layer, layer_norm(layer["norm1"], h)), rate)
+        drop = dropout_factors(key, (layers, 2, *h.shape), rate)  # all in one draw
+        for i, layer in enumerate(params["blocks"]):
+            h += drop[i, 0] * attention(layer, layer_norm(layer["norm1"], h))
             inside = jax.nn.gelu(dense(layer["up"], layer_norm(layer["norm2"], h)))
-            h += dropout(key2, dense(layer["down"], inside), rate)
+            h += drop[i, 1] * dense(layer["down"], inside)
         return dense(params["out"], layer_norm(params["norm"], h))
 
     return Network(init, apply)
