@@ -22,6 +22,7 @@ import numpy as np
 
 import data as datasets
 import nqm
+import problems
 
 
 class Task(NamedTuple):
@@ -204,6 +205,17 @@ def quadratic() -> Task:
     )
 
 
+def deterministic(problem: problems.Problem) -> Task:
+    """A problem without data as a task: its batches are empty, its test loss its loss."""
+    return Task(
+        init=problem.init,
+        batch=lambda key, split: (),
+        loss=lambda params, key, batch: problem.loss(params),
+        evaluate=lambda params: {"test_loss": problem.loss(params)},
+        loss_limit=problem.loss_limit,
+    )
+
+
 def _load_images(name: str, transform=lambda x: x, arrange=lambda splits: splits):
     def load(source="auto", data_dir=None) -> tuple[Any, dict]:
         images = getattr(datasets, name)(source, data_dir)
@@ -247,4 +259,8 @@ TASKS: dict[str, TaskSpec] = {
         build=lambda data, key: mlp_classifier(data, (32, 32)),
     ),
     "quadratic": TaskSpec(load=_load_nothing, build=lambda data, key: quadratic()),
+    **{
+        name: TaskSpec(_load_nothing, lambda data, key, make=make: deterministic(make(key)))
+        for name, make in problems.PROBLEMS.items()
+    },
 }
