@@ -107,7 +107,7 @@ def mlp(momentum=True, time=True) -> LearnedOptimizer:
 # --- Maheswaranathan et al. 2020, appendix B
 
 
-def gru(hidden=32, scale=1.0) -> LearnedOptimizer:
+def gru(hidden=16, scale=1.0) -> LearnedOptimizer:
     """A gated recurrent unit on every parameter by itself, read out linearly.
 
         h' = F(h, g),  x' = x + scale w'h'          (equations 1 and 2)
@@ -115,7 +115,7 @@ def gru(hidden=32, scale=1.0) -> LearnedOptimizer:
         z = sigma(g w_z + U_z h + b_z),  r = sigma(g w_r + U_r h + b_r),
         n = tanh(g w_n + r U_n h + b_n),  F = z h + (1 - z) n
     theta: g (3H,), h (H, 3H), b (3H,), the blocks in the order z, r, n, and readout (H,).
-    The state is a tree like the parameters, leaves (*P, H), zeros at first. The gradient
+    The state is a tree like the parameters, leaves (H, *P), zeros at first. The gradient
     enters as it is. scale: of the readout, for problems whose steps are small.
 
     The paper leaves open sizes and start: here weights are truncated normals of deviation
@@ -137,18 +137,18 @@ def gru(hidden=32, scale=1.0) -> LearnedOptimizer:
         }
 
     def init(params):
-        return jax.tree.map(lambda p: jnp.zeros((*p.shape, hidden), p.dtype), params)
+        return jax.tree.map(lambda p: jnp.zeros((hidden, *p.shape), p.dtype), params)
 
     def update(theta, grads, state, params):
         def one(g, h):
-            h = h.reshape(-1, hidden)  # (size, H)
-            from_g = g.reshape(-1, 1) * theta["g"][None] + theta["b"][None]
-            gz, gr, gn = jnp.split(from_g, 3, 1)
-            hz, hr, hn = jnp.split(h @ theta["h"], 3, 1)
+            h = h.reshape(hidden, -1)  # (H, size)
+            from_g = theta["g"][:, None] * g.reshape(1, -1) + theta["b"][:, None]
+            gz, gr, gn = jnp.split(from_g, 3)
+            hz, hr, hn = jnp.split(theta["h"].T @ h, 3)
             z, r = jax.nn.sigmoid(gz + hz), jax.nn.sigmoid(gr + hr)
             h = z * h + (1 - z) * jnp.tanh(gn + r * hn)
-            step = scale * (h @ theta["readout"])
-            return step.reshape(g.shape), h.reshape(*g.shape, hidden)
+            step = scale * (theta["readout"] @ h)
+            return step.reshape(g.shape), h.reshape(hidden, *g.shape)
 
         both = jax.tree.map(one, grads, state)
         return jax.tree.transpose(jax.tree.structure(grads), None, both)

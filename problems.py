@@ -28,32 +28,20 @@ def linear_regression(key) -> Problem:
     """0.5 |A x - b|^2 in 5 dimensions, A and b drawn by the key; x_0 ~ N(0, I).
 
     A = diag(sqrt(lambda)) Q: the Hessian A'A has eigenvalues lambda log-uniform in
-    CURVATURES (condition numbers from 1 to 1000, median 110) and axes Q turned at random;
-    b ~ N(0, I). The paper says only that A and b are random.
+    CURVATURES (condition numbers from 1 to 1000, median 110), and its axes are those of a
+    random reflection Q; b ~ N(0, I). The paper says only that A and b are random.
     """
+    # one draw for all: a problem is drawn anew at each of its steps
+    x, u, b = jax.random.normal(key, (3, DIMENSIONS))
     low, high = np.log(CURVATURES)
-    value_key, axes_key, target_key = jax.random.split(jax.random.fold_in(key, 1000), 3)
-    values = jnp.exp(
-        jax.random.uniform(value_key, (DIMENSIONS,), minval=low, maxval=high)
-    )
-    a = jnp.sqrt(values)[:, None] * rotation(axes_key, DIMENSIONS)
-    b = jax.random.normal(target_key, (DIMENSIONS,))
+    values = jnp.exp(low + (high - low) * jax.scipy.stats.norm.cdf(x))
+    q = jnp.eye(DIMENSIONS) - 2 / (u @ u) * jnp.outer(u, u)
+    a = jnp.sqrt(values)[:, None] * q
     return Problem(
-        init=lambda key: jax.random.normal(key, (DIMENSIONS,)),
+        init=lambda key: jax.random.normal(jax.random.fold_in(key, 1), (DIMENSIONS,)),
         loss=lambda x: 0.5 * ((a @ x - b) ** 2).sum(),
         loss_limit=1e3,
     )
-
-
-def rotation(key, n: int):
-    """An orthogonal (n, n) matrix, uniformly drawn up to signs: a product of reflections
-    in 1, 2, ... n dimensions (Stewart 1980), each of which takes the last axis to a
-    random one. Cheap enough to be drawn anew at every step, which LAPACK's QR is not."""
-    q = jnp.eye(n)
-    for k, x in enumerate(jnp.tril(jax.random.normal(key, (n, n)))):
-        u = x.at[k].add(jnp.copysign(jnp.linalg.norm(x), x[k]))
-        q = q - 2 / (u @ u) * jnp.outer(u, u @ q)
-    return q
 
 
 def rosenbrock(key) -> Problem:

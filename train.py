@@ -488,9 +488,10 @@ def command_line(config: Config) -> str:
 
 
 def inner_steps(config: Config, step: int) -> int:
-    """Inner steps of the first `step` meta-steps, both runs of every pair; no jitter."""
+    """Inner steps of the first `step` meta-steps, of every run of a pair; no jitter."""
     windows = np.asarray(unroll_at(config, np.arange(step))).sum()
-    return int(round(float(windows) * config.truncation * config.particles * 2))
+    runs = config.particles * (2 if config.sigma else 1)
+    return int(round(float(windows) * config.truncation * runs))
 
 
 def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
@@ -746,8 +747,7 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
         if pending:
             seconds = log.add(pending)
             step, _, grad_norm, *_ = log.rows[-1]
-            windows = float(unroll_at(config, step))
-            rate = 2 * config.particles * config.truncation * windows / seconds
+            rate = (inner_steps(config, int(step)) - inner_steps(config, int(step) - 1)) / seconds
             left = clock((config.steps - step) * seconds)
             print(
                 f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "
