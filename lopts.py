@@ -1,8 +1,9 @@
 """Other learned optimizers, as the same three functions as STAR: init_theta, init, update.
 
 `mlp`: the optimizer of Metz et al. 2019 (appendix D.1), a network on every parameter by
-itself. `gru`: that of Maheswaranathan et al. 2020, a recurrent network likewise. `hand_designed`: any optax optimizer whose hyperparameters are theta, so that they
-are meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
+itself. `gru`: that of Maheswaranathan et al. 2020, a recurrent one likewise.
+`hand_designed`: any optax optimizer whose hyperparameters are theta, so that they are
+meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
 
 The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the
 shape of one parameter tensor, F features, M momentum timescales, H hidden units.

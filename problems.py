@@ -70,7 +70,7 @@ def moons(points: int, noise=0.1, seed=0) -> tuple[np.ndarray, np.ndarray]:
     return xy.astype(np.float32), side.astype(np.float32)
 
 
-def two_moons(key, width=64, points=128) -> Problem:
+def two_moons(key, width=64, points=64) -> Problem:
     """A network on two moons: three hidden layers of tanh, logistic loss, full batch.
 
     The data are the same for all; init draws the weights (normal over sqrt(fan in),

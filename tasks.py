@@ -260,7 +260,9 @@ TASKS: dict[str, TaskSpec] = {
     ),
     "quadratic": TaskSpec(load=_load_nothing, build=lambda data, key: quadratic()),
     **{
-        name: TaskSpec(_load_nothing, lambda data, key, make=make: deterministic(make(key)))
+        name: TaskSpec(
+            _load_nothing, lambda data, key, make=make: deterministic(make(key))
+        )
         for name, make in problems.PROBLEMS.items()
     },
 }

@@ -747,7 +747,9 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
         if pending:
             seconds = log.add(pending)
             step, _, grad_norm, *_ = log.rows[-1]
-            rate = (inner_steps(config, int(step)) - inner_steps(config, int(step) - 1)) / seconds
+            rate = (
+                inner_steps(config, int(step)) - inner_steps(config, int(step) - 1)
+            ) / seconds
             left = clock((config.steps - step) * seconds)
             print(
                 f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "
