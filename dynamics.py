@@ -265,27 +265,29 @@ def accumulator_rates(optimizer, theta, decays, grads, state, params, entries) -
     a tree like params of (n,) flat indices. Returns a tree like params of (M, n).
     """
     leaves, treedef = jax.tree.flatten(entries)
-
-    def slope(k, i, j):
-        def update_of(x):
-            tree = treedef.flatten_up_to(state.momentum[k])
-            tree[i] = tree[i] + x * one_hot
-            momenta = list(state.momentum)
-            momenta[k] = treedef.unflatten(tree)
-            moved = state._replace(momentum=tuple(momenta))
-            updates, _ = optimizer.update(theta, grads, moved, params)
-            return treedef.flatten_up_to(updates)[i].reshape(-1)[j]
-
-        shape = treedef.flatten_up_to(params)[i].shape
-        size = int(np.prod(shape, dtype=int))
-        one_hot = (jnp.arange(size) == j).astype(jnp.float32).reshape(shape)
-        # the slope by m_k' is that by m_k over beta_k
-        return -(1 - decays[k]) / decays[k] * jax.jvp(update_of, (0.0,), (1.0,))[1]
+    count = len(state.momentum)
 
     def rates(i):
-        def at(j):
-            return jnp.stack([slope(k, i, j) for k in range(len(state.momentum))])
+        shape = treedef.flatten_up_to(params)[i].shape
 
-        return jax.lax.map(at, leaves[i]).T
+        def slope(k_and_j):
+            k, j = k_and_j
+            where = jnp.zeros((count, *shape)).reshape(count, -1).at[k, j].set(1.0)
+            where = where.reshape(count, *shape)
+
+            def update_at_j(x):
+                momentum = [treedef.flatten_up_to(tree) for tree in state.momentum]
+                for tree, here in zip(momentum, where, strict=True):
+                    tree[i] = tree[i] + x * here
+                moved = state._replace(momentum=tuple(map(treedef.unflatten, momentum)))
+                updates, _ = optimizer.update(theta, grads, moved, params)
+                return treedef.flatten_up_to(updates)[i].reshape(-1)[j]
+
+            return jax.jvp(update_at_j, (0.0,), (1.0,))[1]
+
+        k, j = jnp.repeat(jnp.arange(count), len(leaves[i])), jnp.tile(leaves[i], count)
+        slopes = jax.lax.map(slope, (k, j)).reshape(count, -1)
+        # the slope by m_k' is that by m_k over beta_k
+        return -slopes * ((1 - decays) / decays)[:, None]
 
     return treedef.unflatten([rates(i) for i in range(len(leaves))])
