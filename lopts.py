@@ -212,7 +212,7 @@ LEARNED = {
     "mlp_no_momentum": mlp(momentum=False),
     "mlp_no_time": mlp(time=False),
     "gru": gru(),
-    "gru_small": gru(hidden=8, scale=0.1),
+    "gru_small": gru(hidden=8, scale=0.01),
     "sgd": hand_designed(optax.sgd, learning_rate=0.1),
     "momentum": hand_designed(optax.sgd, learning_rate=0.03, momentum=0.9),
     "adam": hand_designed(ADAM, learning_rate=1e-3, b1=0.9, b2=0.999),

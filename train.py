@@ -482,8 +482,10 @@ def command_line(config: Config) -> str:
     words = ["python train.py"]
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        if field.name not in NOT_RECIPE and value != field.default:
-            words.append(f"--{field.name.replace('_', '-')} {value}")
+        if field.name in NOT_RECIPE or value == field.default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        words.append(flag if value is True else f"{flag} {value}")
     return " ".join(words)
 
 
