@@ -258,36 +258,35 @@ def accumulator_rates(optimizer, theta, decays, grads, state, params, entries) -
 
         m_k' = beta_k m_k + (1 - beta_k) g,  alpha_k = -(1 - beta_k) d u / d m_k'
     A running mean is a mode by design: its eigenvalue is its decay, and its learning rate
-    what the network makes of it, here and now, all other features held. It is exact, one
-    parameter at a time: what a running mean does to itself, through its own normaliser
-    too, not to others.
+    what the network makes of it, here and now, all other features held. Exact: the slope
+    of one parameter's update by its own mean, one parameter of every tensor at a time
+    (the optimizer must treat tensors separately, as STAR does).
     state.momentum: a tuple of M trees like params, as in star.State. decays: (M,). entries:
     a tree like params of (n,) flat indices. Returns a tree like params of (M, n).
     """
-    leaves, treedef = jax.tree.flatten(entries)
-    count = len(state.momentum)
+    count, each = len(state.momentum), len(jax.tree.leaves(entries)[0])
 
-    def rates(i):
-        shape = treedef.flatten_up_to(params)[i].shape
+    def slope(k_and_n):
+        k, n = k_and_n
+        here = jax.tree.map(
+            lambda p, j: jnp.zeros(p.size).at[j[n]].set(1.0).reshape(p.shape),
+            params,
+            entries,
+        )
 
-        def slope(k_and_j):
-            k, j = k_and_j
-            where = jnp.zeros((count, *shape)).reshape(count, -1).at[k, j].set(1.0)
-            where = where.reshape(count, *shape)
+        def update_at(x):  # x is added to mean k of the chosen parameters
+            def move(i, mean):
+                return jax.tree.map(lambda m, one: m + (k == i) * x * one, mean, here)
 
-            def update_at_j(x):
-                momentum = [treedef.flatten_up_to(tree) for tree in state.momentum]
-                for tree, here in zip(momentum, where, strict=True):
-                    tree[i] = tree[i] + x * here
-                moved = state._replace(momentum=tuple(map(treedef.unflatten, momentum)))
-                updates, _ = optimizer.update(theta, grads, moved, params)
-                return treedef.flatten_up_to(updates)[i].reshape(-1)[j]
+            momentum = tuple(move(i, mean) for i, mean in enumerate(state.momentum))
+            moved = state._replace(momentum=momentum)
+            updates, _ = optimizer.update(theta, grads, moved, params)
+            return jax.tree.map(lambda u, j: u.reshape(-1)[j[n]], updates, entries)
 
-            return jax.jvp(update_at_j, (0.0,), (1.0,))[1]
+        return jax.jvp(update_at, (0.0,), (1.0,))[1]
 
-        k, j = jnp.repeat(jnp.arange(count), len(leaves[i])), jnp.tile(leaves[i], count)
-        slopes = jax.lax.map(slope, (k, j)).reshape(count, -1)
-        # the slope by m_k' is that by m_k over beta_k
-        return -slopes * ((1 - decays) / decays)[:, None]
-
-    return treedef.unflatten([rates(i) for i in range(len(leaves))])
+    k, n = jnp.repeat(jnp.arange(count), each), jnp.tile(jnp.arange(each), count)
+    slopes = jax.lax.map(slope, (k, n))
+    # the slope by m_k' is that by m_k over beta_k
+    scale = ((1 - decays) / decays)[:, None]
+    return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)

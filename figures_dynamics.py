@@ -310,6 +310,7 @@ def plot_9(result: dict, plt):
 
 # --- figure 7: the linear regression optimizer, taken apart
 
+KEPT = 1, 7  # modes of the reduced optimizers in figure 7c
 STAGES = {"early": "gru_linear_regression_early", "trained": "gru_linear_regression"}
 
 
@@ -358,9 +359,11 @@ def compute_7(quick: bool, curves: bool) -> dict:
             "itself": (optimizer, theta),
             "linearised": (dynamics.reduced(modes), {}),
         }
-        for keep in (1, 3):
+        for keep in KEPT:
             small = dynamics.reduced(modes, keep, rest=False)
-            versions[f"first {keep} modes"] = (small, {})
+            count = len(dynamics.keep_modes(modes, keep))
+            label = "first mode alone" if count == 1 else f"first {count} modes"
+            versions[label] = (small, {})
         for version, (made, theta_of) in versions.items():
             losses = theta_losses(task, made, theta_of, size.tests)
             result["curves"]["losses"][f"{name}: {version}"] = losses
@@ -437,13 +440,18 @@ def plot_7b(result: dict, plt):
         ):
             x, y = 1 - np.abs(beta[chosen]), np.abs(alpha[chosen])
             axis.plot(x, y, marker, mfc="none", ms=7, label=label)
-        for name, marker in (("tuned_momentum", "gold"), ("heavy_ball", "w")):
+        for name, marker in (("heavy_ball", "w"), ("tuned_momentum", "gold")):
             rate, momentum = result[name]
             label = f"{name.replace('_', ' ')}: {rate:.2f}, {momentum:.3f}"
             axis.plot(1 - momentum, rate, "*", ms=16, mfc=marker, mec="k", label=label)
-        axis.invert_xaxis()
+        first = modes.learning_rate[0].real, modes.momentum[0].real
+        text = f"  {first[0]:.2f}, {first[1]:.3f}"
+        axis.annotate(text, (1 - first[1], first[0]), xytext=(0, -14), fontsize=8,
+                      textcoords="offset points", ha="center")  # fmt: skip
         axis.legend(fontsize=8, loc="lower left")
-        axis.set_ylim(1e-4, None)
+        axis.set(xlim=(1.2, 0.03), ylim=(1e-4, 20))
+        axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05], ["1", "0.5", "0.2", "0.1", "0.05"])
+        axis.minorticks_off()
     axes[0].set_ylabel("|alpha|, learning rate of the mode")
     return figure
 
@@ -457,7 +465,8 @@ def plot_7c(result: dict, plt):
     momentum = losses["tuned momentum"].mean(0)
     styles = ("k-", "C0-", "C1--", "C2:")
     for i, axis in enumerate(axes):
-        axis.plot(momentum, color="goldenrod", lw=3, alpha=0.6, label="tuned momentum")
+        label = f"tuned momentum: {losses['tuned momentum'].mean():.3g}"
+        axis.plot(momentum, color="goldenrod", lw=3, alpha=0.6, label=label)
         name = result["stage"][i]
         own = [k for k in losses if k.startswith(f"{name}:")]
         for key, style in zip(own, styles, strict=True):
