@@ -310,7 +310,7 @@ def plot_9(result: dict, plt):
 
 # --- figure 7: the linear regression optimizer, taken apart
 
-KEPT = 1, 7  # modes of the reduced optimizers in figure 7c
+KEPT = 1, 3  # modes of the reduced optimizers in figure 7c
 STAGES = {"early": "gru_linear_regression_early", "trained": "gru_linear_regression"}
 
 
@@ -482,7 +482,7 @@ def plot_7c(result: dict, plt):
 # --- STAR under the same lens
 
 
-def compute_modes_star(data, steps, snapshots, entries: int) -> dict:
+def compute_modes_star(data, snapshots, entries: int) -> dict:
     """Learning rates of STAR's three running means of the gradient, along one run.
 
     The shipped STAR trains the network of its own task, seed 0. At each snapshot, `entries`
