@@ -12,6 +12,7 @@ import jax
 import matplotlib
 import numpy as np
 
+import figures_dynamics
 import figures_estimators
 import figures_metz
 import figures_nqm
@@ -84,6 +85,7 @@ FIGURES = {
     **figures_metz.FIGURES,
     **figures_truncation.FIGURES,
     **figures_estimators.FIGURES,
+    **figures_dynamics.FIGURES,
 }
 
 

@@ -1,8 +1,9 @@
 """Other learned optimizers, as the same three functions as STAR: init_theta, init, update.
 
 `mlp`: the optimizer of Metz et al. 2019 (appendix D.1), a network on every parameter by
-itself. `hand_designed`: any optax optimizer whose hyperparameters are theta, so that they
-are meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
+itself. `gru`: that of Maheswaranathan et al. 2020, a recurrent one likewise.
+`hand_designed`: any optax optimizer whose hyperparameters are theta, so that they are
+meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
 
 The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the
 shape of one parameter tensor, F features, M momentum timescales, H hidden units.
@@ -102,6 +103,58 @@ def mlp(momentum=True, time=True) -> LearnedOptimizer:
     return LearnedOptimizer(init_theta, init, update)
 
 
+# --- Maheswaranathan et al. 2020, appendix B
+
+
+def gru(hidden=16, scale=1.0) -> LearnedOptimizer:
+    """A gated recurrent unit on every parameter by itself, read out linearly.
+
+        h' = F(h, g),  x' = x + scale w'h'          (equations 1 and 2)
+    with the GRU of Cho et al. 2014, sigma the logistic function:
+        z = sigma(g w_z + U_z h + b_z),  r = sigma(g w_r + U_r h + b_r),
+        n = tanh(g w_n + r U_n h + b_n),  F = z h + (1 - z) n
+    theta: g (3H,), h (H, 3H), b (3H,), the blocks in the order z, r, n, and readout (H,).
+    The state is a tree like the parameters, leaves (H, *P), zeros at first. The gradient
+    enters as it is. scale: of the readout, for problems whose steps are small.
+
+    The paper leaves open sizes and start: here weights are truncated normals of deviation
+    1 / sqrt(fan in), biases and the readout 0. Deviation from Cho et al.: r multiplies
+    U_n h, not h, so that one product serves all three (as cuDNN has it).
+    """
+
+    def init_theta(key):
+        def weights(key, shape, fan_in):
+            draw = jax.random.truncated_normal(key, -2.0, 2.0, shape)
+            return draw / math.sqrt(fan_in)
+
+        g_key, h_key = jax.random.split(key)
+        return {
+            "g": weights(g_key, (3 * hidden,), 1),
+            "h": weights(h_key, (hidden, 3 * hidden), hidden),
+            "b": jnp.zeros(3 * hidden),
+            "readout": jnp.zeros(hidden),
+        }
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros((hidden, *p.shape), p.dtype), params)
+
+    def update(theta, grads, state, params):
+        def one(g, h):
+            h = h.reshape(hidden, -1)  # (H, size)
+            from_g = theta["g"][:, None] * g.reshape(1, -1) + theta["b"][:, None]
+            gz, gr, gn = jnp.split(from_g, 3)
+            hz, hr, hn = jnp.split(theta["h"].T @ h, 3)
+            z, r = jax.nn.sigmoid(gz + hz), jax.nn.sigmoid(gr + hr)
+            h = z * h + (1 - z) * jnp.tanh(gn + r * hn)
+            step = scale * (theta["readout"] @ h)
+            return step.reshape(g.shape), h.reshape(hidden, *g.shape)
+
+        both = jax.tree.map(one, grads, state)
+        return jax.tree.transpose(jax.tree.structure(grads), None, both)
+
+    return LearnedOptimizer(init_theta, init, update)
+
+
 # --- hand-designed optimizers with learned hyperparameters
 
 DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1); all others are above 0
@@ -156,6 +209,8 @@ LEARNED = {
     "mlp": mlp(),
     "mlp_no_momentum": mlp(momentum=False),
     "mlp_no_time": mlp(time=False),
+    "gru": gru(),
+    "gru_small": gru(hidden=8, scale=0.01),
     "sgd": hand_designed(optax.sgd, learning_rate=0.1),
     "momentum": hand_designed(optax.sgd, learning_rate=0.03, momentum=0.9),
     "adam": hand_designed(ADAM, learning_rate=1e-3, b1=0.9, b2=0.999),

@@ -31,6 +31,7 @@ import numpy as np
 
 import data as datasets
 import nqm
+import problems
 from estimators import perturbed_difference
 from inner import batching
 from networks import (
@@ -378,6 +379,17 @@ def quadratic() -> Task:
     )
 
 
+def deterministic(problem: problems.Problem) -> Task:
+    """A problem without data as a task: its batches are empty, its test loss its loss."""
+    return Task(
+        init=problem.init,
+        batch=lambda key, split: (),
+        loss=lambda params, key, batch: problem.loss(params),
+        evaluate=lambda params: {"test_loss": problem.loss(params)},
+        loss_limit=problem.loss_limit,
+    )
+
+
 # The table.
 
 
@@ -515,6 +527,16 @@ TASKS: dict[str, TaskSpec] = {
         dataset="-",
         stands_for="noisy quadratic model (STAR, equation 4)",
     ),
+    **{
+        name: TaskSpec(
+            load=_load_nothing,
+            build=lambda data, key, batch_size=1, make=make: deterministic(make(key)),
+            like=dict,
+            dataset="-",
+            stands_for="Maheswaranathan et al. 2020, C.1",
+        )
+        for name, make in problems.PROBLEMS.items()
+    },
     # The other tasks of the suites.
     "mlp_c10": _image_task(
         "cifar10", _classify(mlp, **MLP3), "ImageMLP_Cifar10_128x128x128_Relu"

@@ -1,0 +1,292 @@
+"""What a trained optimizer does: fixed points, modes, momenta and learning rates.
+
+Maheswaranathan et al. 2020, "Reverse engineering learned optimizers reveals known and
+novel mechanisms", appendices A and B. An optimizer that treats every parameter alike is a
+dynamical system: state h in R^k, driven by the gradient g, which moves the parameter by u.
+Near a fixed point it is linear, and a linear one is momentum on several timescales:
+
+    h' = h* + A (h - h*) + B g          equation 3
+    u  = u* + C (h - h*) + D g
+
+With A = R diag(beta) L, L = R^-1, the response to a gradient is, k steps later,
+
+    -sum_j alpha_j beta_j^k,    alpha_j = -(C R_j)(L_j B) / beta_j
+
+that of aggregated momentum (Lucas et al. 2018):
+
+    v_j' = beta_j v_j + g,  u = -sum alpha_j v_j'
+
+For a linear readout of the new state, u = w'h', this is alpha_j = -(w'R_j)(L_j B).
+
+Deviations from the paper: equation 4 has beta (v + v*) where beta (v - v*) is meant. It
+calls a_j = L_j B the learning rate of mode j; that depends on the length of the
+eigenvector and leaves the readout out, so we count both.
+
+    optimizer = LearnedOptimizer(init_theta, init, update)    # of star.py or lopts.py
+    modes = modes_of(linearise(optimizer, theta))
+    small = reduced(modes, keep=1)                            # a learned optimizer again
+
+The file stands alone: copy it. It needs jax and numpy. k is the length of the state of one
+parameter, P the shape of a parameter tensor, M accumulators.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+
+class LearnedOptimizer(NamedTuple):
+    init_theta: Callable  # key -> theta
+    init: Callable  # params -> state
+    # (theta, grads, state, params) -> (updates, state); updates are added
+    update: Callable
+
+
+class Linear(NamedTuple):
+    """An optimizer around a fixed point, for one parameter; float64."""
+
+    a: np.ndarray  # (k, k) d state' / d state
+    b: np.ndarray  # (k,) d state' / d gradient
+    c: np.ndarray  # (k,) d update / d state
+    d: float  # d update / d gradient
+    point: np.ndarray  # (k,) h*, the fixed point
+    start: np.ndarray  # (k,) the state before the first step
+    drift: float  # u*, the update at the fixed point for a gradient of 0
+    residual: float  # |F(h*, 0) - h*|: how well it is one
+
+
+class Modes(NamedTuple):
+    """The eigenmodes, those with the largest long-run step |alpha / (1 - beta)| first.
+
+    Complex numbers come in conjugate pairs, whose sum is real.
+    """
+
+    momentum: np.ndarray  # (k,) beta_j, eigenvalues of the Jacobian
+    learning_rate: np.ndarray  # (k,) alpha_j
+    start: np.ndarray  # (k,) what is left of the first state in each mode's step
+    direct: float  # learning rate of a mode without memory (beta = 0)
+    drift: float  # of each step
+    right: np.ndarray  # (k, k) right eigenvectors in its columns
+    left: np.ndarray  # (k, k) left eigenvectors in its rows; left @ right = identity
+    condition: float  # of `right`: above 1e6 the modes are nearly not independent
+
+
+# --- linearisation
+
+
+def cell(optimizer, theta) -> tuple[Callable, np.ndarray]:
+    """(step, start): the optimizer of one scalar parameter, its state a vector.
+
+    step: (h (k,), g ()) -> (h' (k,), update ()); start: (k,). The parameter is held at 0.
+    optimizer: any `LearnedOptimizer`. Raises ValueError for a state with integers in it,
+    such as a count of steps: such an optimizer has no fixed point.
+    """
+    param = jnp.zeros(())
+    state = optimizer.init(param)
+    for leaf in jax.tree.leaves(state):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"the state holds {jnp.result_type(leaf)}, not numbers alone"
+            )
+    start, unravel = ravel_pytree(state)
+
+    def step(h, g):
+        update, state = optimizer.update(theta, g, unravel(h), param)
+        return ravel_pytree(state)[0], update
+
+    return step, start
+
+
+def fixed_point(f: Callable, h, iterations=100, tolerance=1e-12):
+    """(h*, |f(h*) - h*|): Levenberg's method on the residual, from h.
+
+    Each step solves (J'J + damping I) s = -J'r, and is taken where the residual falls;
+    damping near 0 is Newton's method. f may have a whole line of fixed points.
+    """
+    residual = jax.jit(lambda h: f(h) - h)
+    jacobian = jax.jit(jax.jacfwd(residual))
+    h, damping = np.asarray(h), 1e-6
+    r = np.asarray(residual(h))
+    for _ in range(iterations):
+        if np.linalg.norm(r) < tolerance or damping > 1e9:
+            break
+        system = np.concatenate([jacobian(h), np.sqrt(damping) * np.eye(len(h))])
+        target = np.concatenate([r, np.zeros(len(h))])
+        new = h - np.linalg.lstsq(system, target)[0]
+        new_r = np.asarray(residual(new))
+        if np.linalg.norm(new_r) < np.linalg.norm(r):
+            h, r, damping = new, new_r, damping / 10
+        else:
+            damping *= 10
+    return h, float(np.linalg.norm(r))
+
+
+def linearise(optimizer, theta, settle=1000) -> Linear:
+    """The optimizer around the fixed point it comes to rest at when gradients are 0.
+
+    settle: steps without a gradient, from its first state, before `fixed_point`. All in
+    float64, whatever theta is. Warns where no fixed point is found (residual above 1e-6).
+    """
+    with jax.enable_x64(True):
+        theta = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), theta)
+        step, start = cell(optimizer, theta)
+        zero = jnp.zeros(())
+
+        def rest(h):
+            return step(h, zero)[0]
+
+        settled = jax.jit(
+            lambda h: jax.lax.fori_loop(0, settle, lambda _, h: rest(h), h)
+        )
+        point, residual = fixed_point(rest, settled(start))
+        derivatives = jax.jit(jax.jacfwd(step, argnums=(0, 1)))(point, zero)
+        (a, b), (c, d) = jax.tree.map(np.asarray, derivatives)
+        drift = float(jax.jit(step)(point, zero)[1])
+    if not residual < 1e-6:
+        warnings.warn(f"no fixed point: residual {residual:.1e}", stacklevel=2)
+    return Linear(a, b, c, float(d), point, np.asarray(start), drift, residual)
+
+
+def modes_of(system: Linear) -> Modes:
+    """Momentum and learning rate of every eigenmode (the equations on top).
+
+    Raises ValueError where a mode with eigenvalue 0 answers one step late: a delay, which
+    is no momentum.
+    """
+    beta, right = np.linalg.eig(system.a)
+    left = np.linalg.inv(right)
+    readout, drive = system.c @ right, left @ system.b
+    first = left @ (system.start - system.point)
+    memory = np.abs(beta) > 1e-8
+    gain = np.abs(readout * drive)
+    if (gain[~memory] > 1e-6 * (gain.sum() + abs(system.d))).any():
+        raise ValueError("a mode with eigenvalue 0 acts one step late: not a momentum")
+    over = np.where(memory, 1 / np.where(memory, beta, 1), 0)
+    alpha, start = -readout * drive * over, readout * first * over
+    weight = np.abs(alpha) / np.maximum(np.abs(1 - beta), 1e-12)
+    order = np.lexsort([beta.imag, -np.round(np.log(weight + 1e-300), 6)])
+    return Modes(
+        momentum=beta[order],
+        learning_rate=alpha[order],
+        start=start[order],
+        direct=-system.d - float(alpha.sum().real),
+        drift=system.drift,
+        right=right[:, order],
+        left=left[order],
+        condition=float(np.linalg.cond(right)),
+    )
+
+
+def response(modes: Modes, steps: int) -> np.ndarray:
+    """(steps,) minus the update k = 0, 1, ... steps after a gradient of 1."""
+    powers = modes.momentum[None] ** np.arange(steps)[:, None]
+    out = (powers * modes.learning_rate[None]).sum(1).real
+    out[0] += modes.direct
+    return out
+
+
+def keep_modes(modes: Modes, keep: int) -> np.ndarray:
+    """Indices of the first `keep` modes, and one more where that would split a pair."""
+    keep = min(keep, len(modes.momentum))
+    if keep == 0 or modes.momentum[keep - 1].imag == 0:
+        return np.arange(keep)
+    kept = modes.momentum[:keep]
+    pairs_are_whole = abs(kept.imag.sum()) < 1e-9 * np.abs(kept.imag).max()
+    return np.arange(keep if pairs_are_whole else keep + 1)
+
+
+def reduced(modes: Modes, keep: int | None = None, rest=True) -> LearnedOptimizer:
+    """The linear optimizer of the first `keep` modes (all: the linearisation itself).
+
+        y_j' = beta_j y_j - alpha_j g,   u = sum_j y_j' - direct g + u*
+    It has no theta. State: a tree like the parameters, leaves (keep, *P) complex64.
+    rest: False leaves out what the gradients did not cause: the way from the first state
+    to the fixed point, and the drift u* there.
+    """
+    index = keep_modes(modes, len(modes.momentum) if keep is None else keep)
+    beta, alpha, start = (
+        np.asarray(x[index], np.complex64)
+        for x in (modes.momentum, modes.learning_rate, modes.start)
+    )
+
+    def along(x, p):  # (k,) -> (k, 1, ... 1), as many as p has axes
+        return x.reshape(-1, *[1] * p.ndim)
+
+    def init(params):
+        def one(p):
+            first = along(start if rest else 0 * start, p)
+            return jnp.broadcast_to(jnp.asarray(first), (len(index), *p.shape))
+
+        return jax.tree.map(one, params)
+
+    def update(theta, grads, state, params):
+        def one(g, y):
+            y = along(beta, g) * y - along(alpha, g) * g[None]
+            step = y.real.sum(0) - np.float32(modes.direct) * g
+            return step + np.float32(modes.drift if rest else 0), y
+
+        both = jax.tree.map(one, grads, state)
+        return jax.tree.transpose(jax.tree.structure(grads), None, both)
+
+    return LearnedOptimizer(lambda key: {}, init, update)
+
+
+# --- momentum, for comparison
+
+
+def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
+    """(alpha, beta), the best momentum for curvatures in [smallest, largest] (Polyak 1964).
+
+        alpha = 4 / (sqrt(m) + sqrt(L))^2
+        beta = ((sqrt(L) - sqrt(m)) / (sqrt(L) + sqrt(m)))^2
+    The best rate of convergence as t goes to infinity, not the best mean loss over T steps.
+    """
+    m, big = np.sqrt(smallest), np.sqrt(largest)
+    return 4 / (m + big) ** 2, ((big - m) / (big + m)) ** 2
+
+
+# --- optimizers whose state holds running means of the gradient: STAR
+
+
+def accumulator_rates(optimizer, theta, decays, grads, state, params, entries) -> Any:
+    """Learning rates of running means of the gradient, for some parameters.
+
+        m_k' = beta_k m_k + (1 - beta_k) g,  alpha_k = -(1 - beta_k) d u / d m_k'
+    A running mean is a mode by design: its eigenvalue is its decay, and its learning rate
+    what the network makes of it, here and now, all other features held. Exact: the slope
+    of one parameter's update by its own mean, one parameter of every tensor at a time
+    (the optimizer must treat tensors separately, as STAR does).
+    state.momentum: a tuple of M trees like params, as in star.State. decays: (M,). entries:
+    a tree like params of (n,) flat indices. Returns a tree like params of (M, n).
+    """
+    count, each = len(state.momentum), len(jax.tree.leaves(entries)[0])
+
+    def slope(k_and_n):
+        k, n = k_and_n
+        here = jax.tree.map(
+            lambda p, j: jnp.zeros(p.size).at[j[n]].set(1.0).reshape(p.shape),
+            params,
+            entries,
+        )
+
+        def update_at(x):  # x is added to mean k of the chosen parameters
+            def move(i, mean):
+                return jax.tree.map(lambda m, one: m + (k == i) * x * one, mean, here)
+
+            momentum = tuple(move(i, mean) for i, mean in enumerate(state.momentum))
+            moved = state._replace(momentum=momentum)
+            updates, _ = optimizer.update(theta, grads, moved, params)
+            return jax.tree.map(lambda u, j: u.reshape(-1)[j[n]], updates, entries)
+
+        return jax.jvp(update_at, (0.0,), (1.0,))[1]
+
+    k, n = jnp.repeat(jnp.arange(count), each), jnp.tile(jnp.arange(each), count)
+    slopes = jax.lax.map(slope, (k, n))
+    # the slope by m_k' is that by m_k over beta_k
+    scale = ((1 - decays) / decays)[:, None]
+    return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)
