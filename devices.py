@@ -8,8 +8,9 @@ never on its device: the same run on more devices differs by rounding alone.
 
 import contextlib
 import os
+import re
 import signal
-import sys
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -51,21 +52,30 @@ def join(coordinator, num_processes, process_id, timeout: int) -> None:
 
 
 @contextlib.contextmanager
-def one_line_if_lost(program: str, advice: str):
-    """What ends a run of several processes from outside, as one line and exit code 1."""
-    try:
+def one_line_if_lost(line: str):
+    """Where the run ends because another process is lost: the line on stderr, not a trace.
+
+    Either a collective fails, here: exit code 1. Or the runtime aborts this process from a
+    thread of its own, where nothing can be caught: a shell that waits for its end tells.
+    """
+    if jax.process_count() == 1:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        return
+    wait = ["sh", "-c", 'read line || echo "$0" >&2', line]
+    with subprocess.Popen(
+        wait, stdin=subprocess.PIPE, start_new_session=True
+    ) as teller:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if re.match("[A-Z_]+: ", str(error)):  # a status of the runtime's
+                teller.stdin.close()
+                teller.wait()
+                os._exit(1)  # an orderly end would wait for those that are gone
             raise
-        reason = " ".join(str(error).split())[:150]
-        print(
-            f"{program}: process {jax.process_index()} has lost the others: {advice} "
-            f"({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # an orderly end would wait for those that are gone
+        finally:
+            with contextlib.suppress(OSError):
+                teller.stdin.write(b"\n")
 
 
 def stop_after(step: int, interrupted: bool) -> bool:

@@ -762,7 +762,8 @@ def main(argv=None) -> int:
     step_fn = compile_meta_step(config, placed, state)
     seconds = time.perf_counter() - begin
     print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
-    with devices.one_line_if_lost("train.py", f"--resume the checkpoint in {folder}"):
+    lost = "the run has lost a process; go on from its checkpoint with --resume"
+    with devices.one_line_if_lost(f"train.py: {folder}: {lost}"):
         state, finished = loop(config, folder, about, placed, state, log, step_fn)
         devices.leave()
     if not writes:
