@@ -165,7 +165,7 @@ def encode(hyperparameters: dict) -> dict:
 
     def one(name, value):
         x = math.log(value / (1 - value)) if name in DECAYS else math.log(value)
-        return jnp.float32(x)
+        return np.float32(x)  # of numpy: JAX is not to start on import
 
     return {name: one(name, value) for name, value in hyperparameters.items()}
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import devices
 import estimators
 import lopts
 import star
@@ -130,6 +131,20 @@ class Config:
     resume: bool = arg(False, "continue the run in the folder, bit for bit")
     checkpoint_every: int = arg(100, "meta-steps between checkpoints")
     log_every: int = arg(10, "meta-steps between lines of progress")
+    devices: int = arg(1, "of each process, which share the particles")
+    distributed: bool = arg(
+        False, "one of several processes that share the particles, and the folder --out"
+    )
+    coordinator: str | None = arg(
+        None, "HOST:PORT of process 0, if the cluster does not tell; so the next two"
+    )
+    num_processes: int | None = arg(None, "of the run")
+    process_id: int | None = arg(None, "of this process; only 0 prints and writes")
+    peer_timeout: int = arg(
+        60,
+        "seconds. Where a process dies, the others end at once, or after so long if its "
+        "host is gone or an accelerator waits for it; go on with --resume",
+    )
 
 
 PRESETS = {
@@ -180,6 +195,8 @@ PRESETS = {
 }
 # What a resumed run may change; all else is its recipe.
 NOT_RECIPE = ("data_dir", "out", "resume", "checkpoint_every", "log_every")
+NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "process_id")
+NOT_RECIPE += ("peer_timeout",)
 
 
 class TrainState(NamedTuple):
@@ -271,7 +288,8 @@ def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estima
         "merged": estimators.inverse_variance_mean,
         "truncated_bptt": estimators.mean_of_finite_particles,
     }.get(config.estimator, estimators.mean_of_particles)
-    return estimators.population(pair, config.particles, batch, combine)
+    mesh = devices.mesh_of(config.devices)
+    return devices.population(pair, config.particles, batch, combine, mesh)
 
 
 def run_keys(config: Config) -> jax.Array:
@@ -317,7 +335,12 @@ def compile_meta_step(config: Config, data, state: TrainState):
     def step(data, key, state):
         return meta_step(config, data, key, state)
 
-    jitted = jax.jit(step, donate_argnums=2, compiler_options=compiler_options())
+    jitted = jax.jit(
+        step,
+        donate_argnums=2,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+        compiler_options=compiler_options(),
+    )
     return jitted.lower(data, jax.random.key(config.seed), state).compile()
 
 
@@ -412,17 +435,18 @@ def start_from(config: Config, data, state: TrainState) -> TrainState:
 class Log:
     """log.csv, a row a meta-step, and what the progress line says of it.
 
-    path: the file, begun anew. keep: of the rows in it, those of the first `keep` steps
-    stay. seconds: spent before the first row.
+    path: the file, begun anew; None: no file. keep: of the rows in it, those of the first
+    `keep` steps stay. seconds: spent before the first row.
     """
 
     fields = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")
 
-    def __init__(self, path: pathlib.Path, keep: int = 0, seconds: float = 0.0):
+    def __init__(self, path: pathlib.Path | None, keep: int = 0, seconds: float = 0.0):
         self.path, self.rows = path, []
-        if keep and path.exists():
+        if keep and path and path.exists():
             self.rows = list(self.whole_rows(path.read_text(), keep))
-        write_atomically(path, lambda f: f.write(self.text(self.rows, header=True)))
+        if path:
+            write_atomically(path, lambda f: f.write(self.text(self.rows, header=True)))
         self.seconds = self.rows[-1][-1] if self.rows else seconds
         self.last = time.perf_counter()
 
@@ -459,8 +483,9 @@ class Log:
             self.seconds += each
             row.append(self.seconds)
         self.rows += rows
-        with open(self.path, "ab") as file:
-            file.write(self.text(rows))
+        if self.path:
+            with open(self.path, "ab") as file:
+                file.write(self.text(rows))
         return each
 
     def smoothed(self) -> float:
@@ -659,6 +684,7 @@ def check(config: Config) -> None:
             f"--truncation {config.truncation} does not divide --horizon {config.horizon}"
         )
     check_unroll(config)
+    check_devices(config)
     if not 0 <= config.meta_beta1 < 1:
         raise UserError("--meta-beta1 must be in 0 .. 1")
     if config.estimator == "merged" and config.particles < 4:
@@ -702,8 +728,41 @@ def check_unroll(config: Config) -> None:
         raise UserError("--jitter must be in 0 .. 1")
 
 
+def check_devices(config: Config) -> None:
+    """UserError where --devices, --distributed and what goes with them cannot work."""
+    if config.devices < 1 or config.peer_timeout < 1:
+        raise UserError("--devices and --peer-timeout must be at least 1")
+    given = (config.coordinator, config.num_processes, config.process_id)
+    if given == (None,) * 3:
+        return
+    if not config.distributed or None in given:
+        raise UserError(
+            "--coordinator, --num-processes and --process-id go together, and with "
+            "--distributed"
+        )
+    host, _, port = config.coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator {config.coordinator} is not HOST:PORT")
+    if not 0 <= config.process_id < config.num_processes:
+        raise UserError(
+            f"--process-id {config.process_id} is not in 0 .. --num-processes - 1"
+        )
+
+
 def main(argv=None) -> int:
     config = parse(argv)
+    if config.distributed:
+        devices.join(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            config.peer_timeout,
+        )
+    mesh, writes = devices.mesh_of(config.devices), jax.process_index() == 0
+    if mesh and config.particles % mesh.size:
+        raise UserError(
+            f"--particles {config.particles} cannot be shared by {mesh.size} devices"
+        )
     name = f"{config.task}-{config.optimizer}-seed{config.seed}"
     folder = pathlib.Path(config.out or f"runs/{name}")
     if not config.resume and (folder / "checkpoint.npz").exists():
@@ -723,20 +782,29 @@ def main(argv=None) -> int:
             seconds = 60 * float(read_card(config.init).get("minutes", 0))
     if config.resume:
         config, state = load_checkpoint(folder, config, about, state)
+    text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
-        write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
         keep = int(state.step) if config.resume else 0
-        log = Log(folder / "log.csv", keep, seconds)
+        log = Log(folder / "log.csv" if writes else None, keep, seconds)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     print(text, end="")
     begin = time.perf_counter()
-    step_fn = compile_meta_step(config, data, state)
+    split = devices.place(state.particles, mesh, devices.SPLIT)
+    state = devices.place(state._replace(particles=()), mesh)._replace(particles=split)
+    placed = devices.place(data, mesh)
+    step_fn = compile_meta_step(config, placed, state)
     seconds = time.perf_counter() - begin
     print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
-    state, finished = loop(config, folder, about, data, state, log, step_fn)
+    lost = "the run has lost a process; go on from its checkpoint with --resume"
+    with devices.one_line_if_lost(f"train.py: {folder}: {lost}"):
+        state, finished = loop(config, folder, about, placed, state, log, step_fn)
+        devices.leave()
+    if not writes:
+        return 0 if finished else 130
     if not finished:
         print(f"interrupted; go on with --resume (saved at {int(state.step)})")
         return 130
@@ -746,7 +814,7 @@ def main(argv=None) -> int:
 def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, bool]:
     """Meta-steps up to --steps, or to an interrupt: (state, whether it is finished)."""
     _, _, key = run_keys(config)
-    pending = []
+    pending, writes = [], jax.process_index() == 0
 
     def flush():
         if pending:
@@ -765,8 +833,10 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
 
     def save():
         flush()
-        save_checkpoint(folder, config, about, state)
-        save_theta(folder, make_card(config, about, int(state.step), log), state)
+        whole = devices.fetch(state)
+        if writes:
+            save_checkpoint(folder, config, about, whole)
+            save_theta(folder, make_card(config, about, int(whole.step), log), whole)
 
     first = int(state.step)
     if not config.resume:
@@ -780,14 +850,12 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
             done = step + 1
             if done % config.log_every == 0:
                 flush()
-            if (
-                interrupted
-                or done % config.checkpoint_every == 0
-                or done == config.steps
-            ):
+            stop = devices.stop_after(done, bool(interrupted))
+            if stop or done % config.checkpoint_every == 0 or done == config.steps:
                 save()
-            if interrupted:
+            if stop:
                 break
+    state = devices.fetch(state)
     return state, int(state.step) == config.steps
 
 
