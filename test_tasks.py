@@ -50,7 +50,8 @@ SIZES = {
 
 
 # for programs that run once: quick to compile, slow to run
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+once = partial(jax.jit, compiler_options=QUICK)
 
 
 def all_close(a, b, tolerance=1e-5):
@@ -409,7 +410,7 @@ def test_initial_weights_are_cut_at_two_and_not_widened():
 
 @pytest.mark.parametrize(
     "shape, size, stride",
-    [((6, 7), 3, 1), ((7, 8), 3, 2), ((8, 8), 5, 2), ((5, 4), 1, 2)],
+    [((6, 7), 3, 1), ((7, 8), 4, 2), ((5, 4), 1, 2)],
 )
 def test_convolution_as_a_product_is_the_convolution(shape, size, stride):
     """Values and both gradients equal XLA's own; so does the pooling."""
