@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 
 import figures_estimators
+import figures_learned
 import figures_metz
 import figures_nqm
 import figures_star
@@ -84,6 +85,7 @@ FIGURES = {
     **figures_metz.FIGURES,
     **figures_truncation.FIGURES,
     **figures_estimators.FIGURES,
+    **figures_learned.FIGURES,
 }
 
 
