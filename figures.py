@@ -14,6 +14,7 @@ import numpy as np
 
 import figures_dynamics
 import figures_estimators
+import figures_learned
 import figures_metz
 import figures_nqm
 import figures_star
@@ -86,6 +87,7 @@ FIGURES = {
     **figures_truncation.FIGURES,
     **figures_estimators.FIGURES,
     **figures_dynamics.FIGURES,
+    **figures_learned.FIGURES,
 }
 
 
