@@ -10,9 +10,9 @@ import pytest
 import eval as evaluation
 import figures_learned as learned
 import inner
+import kinds
 import star
 import store
-import tasks
 
 # Betas at which every part of the update is large enough to be seen in float32.
 CONSTANTS = star.Constants(beta2=0.3, beta3=1e-4, beta4=0.3)
@@ -158,7 +158,7 @@ def test_what_is_taken_out_is_zero_and_nothing_else(theta):
 
 
 def quadratic(data, key):
-    return tasks.quadratic()
+    return kinds.quadratic()
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import optax
 import pytest
 
 import figures_truncation as truncation
+import kinds
 import tasks
 from lopts import hand_designed
 
 SGD = hand_designed(optax.sgd, learning_rate=0.1)
-QUADRATIC = truncation.Problem(lambda data, key: tasks.quadratic(), SGD)
+QUADRATIC = truncation.Problem(lambda data, key: kinds.quadratic(), SGD)
 BIASED = truncation.Setting(240, (2,), (), (), 240, 2, (0.15,), sigma=0.03)
 TINY = truncation.Setting(
     steps=8,
@@ -75,7 +76,7 @@ def test_truncation_turns_the_gradient_around_and_pes_does_not():
 def test_losses_are_those_of_a_plain_loop(eight_steps):
     """By optax.sgd, step for step, each batch's loss before its update."""
     keys, losses, _ = eight_steps
-    task, optimizer, key = tasks.quadratic(), optax.sgd(0.1), keys[0]
+    task, optimizer, key = kinds.quadratic(), optax.sgd(0.1), keys[0]
     params, expected = task.init(key), []
     for t in range(8):
         batch_key, _ = jax.random.split(jax.random.fold_in(key, t))
@@ -151,7 +152,7 @@ def test_adam_is_optax_adam_and_backpropagates_where_a_gradient_is_zero():
 
 def test_mnist_small_is_the_papers_size(stand_in, monkeypatch):
     """14x14 pixels, each the mean of 2x2, and two hidden layers of 32."""
-    monkeypatch.setattr(tasks.datasets, "mnist", lambda *_, **__: stand_in)
+    monkeypatch.setattr(kinds.datasets, "mnist", lambda *_, **__: stand_in)
     data, _ = tasks.TASKS["mnist_small"].load()
     images = np.asarray(data["test"].images)
     corners = stand_in.test_images.astype(float)

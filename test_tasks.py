@@ -11,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import inner
+import kinds
 import networks
 import tasks
 from baselines import BASELINES
@@ -165,7 +166,7 @@ def test_split_is_80_10_of_the_training_images(stand_in, small_task):
     n = len(stand_in.train_labels)
     assert len(data["train"].labels) == 0.8 * n and len(data["valid"].labels) == 0.1 * n
     assert len(data["test"].labels) == len(stand_in.test_labels)
-    full = tasks.split_images(stand_in)
+    full = kinds.split_images(stand_in)
     train_set, valid_set = (
         {x.tobytes() for x in np.asarray(full[split].images)}
         for split in ("train", "valid")
@@ -255,7 +256,7 @@ def test_initial_loss_is_near_chance(small_task):
 
 def test_quadratic_is_equation_4():
     """The loss is (phi - xi)' H (phi - xi) / 2: its mean, its gradient's mean H phi."""
-    task = tasks.quadratic()
+    task = kinds.quadratic()
     phi = jnp.asarray([0.7, -1.3])
     keys = jax.random.split(jax.random.key(0), 20_000)
 
@@ -290,7 +291,7 @@ def test_resize_is_bilinear_at_half_pixels(row, size, expected):
     images = np.zeros((2, len(row), len(row), 3), np.uint8)
     images[1, ..., 2] = row  # changes from left to right
     images[0, ..., 0] = np.asarray(row)[:, None]  # from top to bottom
-    small = tasks.resize(images, size)
+    small = kinds.resize(images, size)
     assert small.dtype == np.uint8 and small.shape == (2, size, size, 3)
     np.testing.assert_array_equal(small[1, 0, :, 2], expected)
     np.testing.assert_array_equal(small[0, :, 0, 0], expected)
@@ -317,9 +318,9 @@ def test_text_windows_are_bytes_and_their_successors(use_stand_in, stand_ins):
 
 def test_text_windows_reach_both_ends():
     """The first byte and the last are drawn, nothing beyond."""
-    network = networks.lstm(tasks.VOCABULARY, 2, 2)
+    network = networks.lstm(kinds.VOCABULARY, 2, 2)
     streams = dict.fromkeys(("train", "test"), jnp.arange(7, dtype=jnp.uint8))
-    task = tasks.language_model(streams, network, 4, 200)
+    task = kinds.language_model(streams, network, 4, 200)
     tokens, following = task.batch(KEY, "train")
     assert set(np.unique(tokens[:, 0])) == {3, 4, 5}
     np.testing.assert_array_equal(following, tokens + 1)
@@ -334,9 +335,9 @@ def test_evaluate_is_the_loss_over_the_test_split(use_stand_in):
         params = once(task.init)(KEY)
         if name == "lstm_small":
             starts = np.linspace(0, len(data["test"]) - 33, 500).astype(int)
-            batch = tasks.windows(data["test"], starts, 32)
+            batch = kinds.windows(data["test"], starts, 32)
         else:
-            batch = tasks.to_batch(data["test"])
+            batch = kinds.to_batch(data["test"])
         test = once(task.evaluate)(params)
         expected = once(task.loss)(params, KEY, batch)
         assert float(test["test_loss"]) == pytest.approx(float(expected), rel=1e-5)
@@ -350,12 +351,12 @@ def test_evaluate_is_the_loss_over_the_test_split(use_stand_in):
 def test_squared_errors_are_means_over_everything():
     """MSE over batch and classes; the autoencoder over batch and pixels."""
     logits, labels = np.array([[1.0, 0.5], [0.0, 2.0]], np.float32), np.array([0, 0])
-    assert tasks.squared_error(logits, labels) == pytest.approx((0.25 + 1 + 4) / 4)
+    assert kinds.squared_error(logits, labels) == pytest.approx((0.25 + 1 + 4) / 4)
     flat = networks.Network(
         lambda key: (), lambda p, key, x: jnp.full((len(x), 4), 0.25)
     )
-    split = tasks.Split(jnp.zeros((2, 2, 2, 1), jnp.uint8), jnp.zeros(2, jnp.uint8))
-    task = tasks.autoencoder(None, split, flat)
+    split = kinds.Split(jnp.zeros((2, 2, 2, 1), jnp.uint8), jnp.zeros(2, jnp.uint8))
+    task = kinds.autoencoder(None, split, flat)
     images = jnp.stack([jnp.zeros((2, 2, 1)), jnp.ones((2, 2, 1))])
     expected = (0.25**2 + 0.75**2) / 2
     assert float(task.loss((), KEY, (images, None))) == pytest.approx(expected)
@@ -364,8 +365,8 @@ def test_squared_errors_are_means_over_everything():
 
 def test_es_gradient_is_unbiased_and_keeps_the_value():
     """On a quadratic, where smoothing leaves the gradient as it is; six standard errors."""
-    plain = tasks.quadratic()
-    task = tasks.es_gradient(plain, pairs=4, sigma=0.1)
+    plain = kinds.quadratic()
+    task = kinds.es_gradient(plain, pairs=4, sigma=0.1)
     phi, xi = jnp.asarray([0.7, -1.3]), jnp.asarray([0.4, 0.1])
     keys = jax.random.split(KEY, 3000)
     grad = once(jax.vmap(jax.value_and_grad(task.loss), (None, 0, None)))

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import inner
+import kinds
 import lopts
 import star
 import store
-import tasks
 import train
 from baselines import BASELINES
 
@@ -315,7 +315,7 @@ def test_meta_training_learns():
     keys = jax.random.split(jax.random.key(2), 32)
     optimizer, _ = train.optimizer_of(config)
     result = inner.curves(
-        lambda *_: tasks.quadratic(), {}, optimizer, [untrained, state.theta], keys, 50
+        lambda *_: kinds.quadratic(), {}, optimizer, [untrained, state.theta], keys, 50
     )
     before, after = np.minimum(np.nan_to_num(result.losses, nan=1e3), 1e3).mean((1, 2))
     assert after < 0.7 * before
@@ -328,7 +328,7 @@ def test_a_diverging_optimizer_does_not_stop_the_run(tmp_path):
     assert all(np.isfinite(x).all() for x in theta.values())
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["meta_loss"]) for row in csv.DictReader(file)]
-    assert max(losses) <= tasks.quadratic().loss_limit
+    assert max(losses) <= kinds.quadratic().loss_limit
 
 
 def test_paper_preset_has_the_papers_settings():
@@ -343,7 +343,7 @@ def test_paper_preset_has_the_papers_settings():
     )
     assert settings == (50, 0.01, 1e-4, 1.0, 2000) and config.estimator == "pes"
     _, constants = train.optimizer_of(config)
-    assert constants[:4] == (1e-3,) * 4 and tasks.BATCH_SIZE == 128
+    assert constants[:4] == (1e-3,) * 4 and kinds.BATCH_SIZE == 128
     rate = train.parse(["--preset", "paper", "--weight-decay", "0.1"]).weight_decay
     assert rate == 0.1  # a flag beats the preset
 
