@@ -186,7 +186,9 @@ def classifier(
     """Image classification, by cross-entropy or another error of the logits.
 
     draw: (key, split) -> (images (B, h, w, c) float32 in [0, 1], labels (B,)).
-    The limit of the loss: 1.5 ln(classes) unless given, half again that of a guess.
+    The loss's limit: 1.5 ln(classes), half again that of a guess, as the suite has it;
+    where it has none, for ResNets, the same here. For squared errors the suite clips at 1
+    and multiplies by 10; here they are clipped at 1 alone.
     """
 
     def measure(params, key, batch):

@@ -19,6 +19,7 @@ Deviations: CIFAR-100 in place of ImageNet, whose pictures may not be passed on,
 of any text in place of the One Billion Word benchmark (see `language_model`).
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -414,7 +415,10 @@ def measure_task(spec: TaskSpec) -> tuple[int, float]:
     return count, 2e-9 * spec.passes * multiply_adds(loss)
 
 
-def main() -> int:
+def main(argv=None) -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     print(f"{'task':24} {'parameters':>10} {'GFLOP/step':>10}  {'data':13}  stands for")
     for name, spec in TASKS.items():
         count, gflop = measure_task(spec)
