@@ -17,6 +17,7 @@ import figures_dynamics
 import lopts
 import problems
 import star
+import train
 from tasks import TASKS
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -331,7 +332,31 @@ def test_accumulator_rates_of_the_nominal_term():
         np.testing.assert_allclose(found, np.tile(expected[:, None], len(at)), 1e-3)
 
 
-# --- problems
+# --- meta-training and problems
+
+
+def test_gru_preset_has_the_papers_settings():
+    """C.2: BPTT through 200 steps of 32 problems, Adam, l2 1e-5, clipped by value at 5,
+    the rate times 0.8 every 500 of 5,000 meta-steps. One step of it, by hand."""
+    config = train.parse(["--preset", "gru"])
+    assert (config.estimator, config.sigma, config.particles) == (
+        "truncated_bptt",
+        0,
+        32,
+    )
+    assert config.horizon == config.truncation == 200 and config.start_horizon == 1
+    assert (config.steps, config.schedule) == (5000, "staircase")
+    optimizer, theta = train.meta_optimizer(config), {"x": jnp.array([3.0, -1.0])}
+    adam = optax.adam(lambda count: config.meta_lr * 0.8 ** (count // 500))
+    state, their_state = optimizer.init(theta), adam.init(theta)
+    for count in (0, 1100):
+        move = {"count": jnp.int32(count)}  # of meta-steps, for both schedules
+        state, their_state = (optax.tree.set(s, **move) for s in (state, their_state))
+        grads = {"x": jnp.array([-100.0, 0.3])}
+        clipped = {"x": jnp.clip(grads["x"] + 2e-5 * theta["x"], -5, 5)}
+        updates, state = optimizer.update(grads, state, theta)
+        expected, their_state = adam.update(clipped, their_state)
+        np.testing.assert_allclose(updates["x"], expected["x"], rtol=1e-5)
 
 
 def test_linear_regression_has_the_stated_spectrum():

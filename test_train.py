@@ -241,6 +241,8 @@ BAD_TRAIN = [
     ("--estimator", "pes", "--unroll", "10"),
     ("--start-unroll", "5"),
     ("--sigma", "inf"),
+    ("--estimator", "truncated_bptt", "--sigma", "-1"),
+    ("--l2", "-1"),
     ("--optimizer", "sgd", "--init", "{finished}/theta.npz"),
     ("--init", "{files}/mlp.npz"),
     ("--warmup", "12"),
