@@ -24,7 +24,7 @@ import train
 
 HERE = pathlib.Path(__file__).resolve().parent
 RECIPE = (
-    "--task quadratic --optimizer mlp --steps 12 --horizon 20 --truncation 5 "
+    "--task quadratic --optimizer adam --steps 12 --horizon 20 --truncation 5 "
     "--particles 4 --checkpoint-every 4 --log-every 2"
 ).split()
 PROGRAM = ["train.py"]
