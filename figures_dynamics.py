@@ -297,7 +297,7 @@ def plot_9(result: dict, plt):
         mean, error = result["mean_loss"][i], result["standard_error"][i]
         colors = ["0.6"] * (len(names) - 1) + ["C3"]
         low = np.minimum(error, 0.9 * mean)  # a log axis has no 0
-        axis.errorbar(names, mean, [low, error], fmt="none", ecolor=colors, capsize=4)
+        axis.errorbar(names, mean, [low, error], fmt="none", ecolor="k", capsize=4)
         axis.scatter(names, mean, c=colors, s=50, zorder=3)
         for x, y, e in zip(range(len(names)), mean, error, strict=True):
             axis.annotate(
