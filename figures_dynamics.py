@@ -64,7 +64,7 @@ class Size(NamedTuple):
 def size_of(task: str, quick: bool) -> Size:
     if task == "two_moons":
         return Size(24, 2, 8) if quick else Size(300, 4, 64)
-    return Size(300, 8, 64) if quick else Size(2500, 32, 64)
+    return Size(300, 32, 64) if quick else Size(2500, 32, 64)
 
 
 def is_rate(name: str) -> bool:
@@ -296,14 +296,17 @@ def plot_9(result: dict, plt):
     for i, axis in enumerate(axes):
         mean, error = result["mean_loss"][i], result["standard_error"][i]
         colors = ["0.6"] * (len(names) - 1) + ["C3"]
-        axis.bar(names, mean, yerr=error, color=colors, capsize=4)
+        low = np.minimum(error, 0.9 * mean)  # a log axis has no 0
+        axis.errorbar(names, mean, [low, error], fmt="none", ecolor="k", capsize=4)
+        axis.scatter(names, mean, c=colors, s=50, zorder=3)
         for x, y, e in zip(range(len(names)), mean, error, strict=True):
             axis.annotate(
                 f"{y:.3g}", (x, y + e), ha="center", va="bottom", fontsize=8,
                 xytext=(0, 2), textcoords="offset points",
             )  # fmt: skip
         axis.set_title(f"{TITLES[result['task'][i]]}, {result['tests'][i]} problems")
-        axis.set_ylim(0, 1.15 * (mean + error).max())
+        axis.set(yscale="log", xlim=(-0.5, len(names) - 0.5))
+        axis.set_ylim((mean - low).min() / 1.5, (mean + error).max() * 1.8)
     axes[0].set_ylabel("mean loss over 200 steps")
     return figure
 
