@@ -71,7 +71,10 @@ def without_decays(theta) -> dict:
 
 
 def parts_of_theta(theta) -> dict[str, dict]:
-    """Name of what is taken out -> theta without it; coarser than FEATURES."""
+    """Name of what is taken out -> theta without it; coarser than FEATURES.
+
+    Without heads and decay offsets nothing learned is left: the plain nominal step.
+    """
     features = [rows for name, rows in FEATURES.items() if name != "time"]
     heads = (DIRECTION, MAGNITUDE, NOMINAL_MAGNITUDE)
     return {
@@ -80,7 +83,7 @@ def parts_of_theta(theta) -> dict[str, dict]:
         "nominal head: multiplier 1": without_heads(theta, NOMINAL_MAGNITUDE),
         "direction head: no blackbox": without_heads(theta, DIRECTION),
         "decay offsets": without_decays(theta),
-        "decay offsets and heads": without_decays(without_heads(theta, *heads)),
+        "everything learned": without_decays(without_heads(theta, *heads)),
     }
 
 
@@ -286,10 +289,10 @@ def _draw_tensors(axes, at, names, values):
     count = {True: 0, False: 0}
     for name, line in zip(names, values.T, strict=True):
         matrix = "x" in name.partition(" ")[2]
-        style = dict(ls="-", lw=1.6) if matrix else dict(ls="--", lw=1)
+        style = dict(ls="-", lw=1.8) if matrix else dict(ls="--", lw=1)
         axes.plot(at, line, color=f"C{count[matrix]}", label=name, **style)
         count[matrix] += 1
-    axes.set(xscale="log")
+    axes.set(xscale="log", xlabel="inner steps")
 
 
 def _draw_differences(axes, result):
@@ -301,43 +304,53 @@ def _draw_differences(axes, result):
         axes.plot(values, [i] * len(values), "o", color=color, ms=4)
     axes.axvline(0, color="k", lw=0.8)
     axes.axhline(len(features) - 0.5, color="k", lw=0.8, ls=":")
-    axes.set_yticks(range(len(features) + len(parts)), [*features, *parts], fontsize=8)
+    axes.set_yticks(range(len(features) + len(parts)), [*features, *parts], fontsize=7)
     axes.set_ylim(len(features) + len(parts) - 0.4, -0.6)
 
 
 def plot_learned(result: dict, plt):
     """Over inner time: multiplier, share of the blackbox step, two cosines. Then losses."""
-    figure = plt.figure(figsize=(12.5, 9.5), layout="constrained")
-    axes = figure.subplot_mosaic("AB;AB;CD;ED")
-    drawn, names = result["curves"], result["tensors"]
-    draw = partial(_draw_tensors, at=drawn["at"], names=names)
+    figure = plt.figure(figsize=(9, 7.1), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    multiplier, share = above.subplots(1, 2)
+    others = below.subplot_mosaic("GL;NL")
+    gradient, nominal, losses = (others[name] for name in "GNL")
+    drawn = result["curves"]
+    draw = partial(_draw_tensors, at=drawn["at"], names=result["tensors"])
 
     low, median, high = np.moveaxis(drawn["multiplier"], -1, 0)  # (points, tensors)
-    draw(axes["A"], values=median)
-    for line, below, above in zip(axes["A"].lines, low.T, high.T, strict=True):
-        color = line.get_color()
-        axes["A"].fill_between(drawn["at"], below, above, color=color, alpha=0.12, lw=0)
-    axes["A"].ticklabel_format(axis="y", useOffset=False)
-    axes["A"].set(
-        title="multiplier of the nominal step, exp(beta2 m_g):\n"
-        "median and 10-90 % of each tensor",
+    draw(multiplier, values=median)
+    for line, bottom, top in zip(multiplier.lines, low.T, high.T, strict=True):
+        if line.get_linestyle() == "-":
+            fill = dict(color=line.get_color(), alpha=0.15, lw=0)
+            multiplier.fill_between(drawn["at"], bottom, top, **fill)
+    multiplier.ticklabel_format(axis="y", useOffset=False)
+    multiplier.set_title(
+        "multiplier of the nominal step, exp(beta2 m_g):\n"
+        "medians, bands: 10-90 % of each matrix",
+        fontsize=9,
     )
-    draw(axes["B"], values=drawn["blackbox_over_nominal"])
-    axes["B"].set(title="blackbox over nominal step, |f_b| / |f_g|", yscale="log")
-    draw(axes["C"], values=drawn["cosine_gradient"])
-    axes["C"].set(title="cosine of the update with minus the batch's gradient")
-    draw(axes["E"], values=drawn["cosine_nominal"])
-    axes["E"].set(title="cosine of the update with the nominal step")
-    for name in "ABCE":
-        axes[name].axvline(result["horizon"], color="k", ls=":", lw=1)
-        axes[name].set_xlabel("inner steps")
-    axes["B"].legend(fontsize=8)
-    _draw_differences(axes["D"], result)
-    axes["D"].set(
-        title=f"loss without ..., minus {result['loss']:.4f} (mean of {result['steps']} "
-        "steps, nats)",
-        xlabel="difference; a dot per seed",
+    draw(share, values=drawn["blackbox_over_nominal"])
+    share.axhline(1, color="k", lw=0.8)
+    share.set(yscale="log")
+    share.set_title("blackbox over nominal step, |f_b| / |f_g|", fontsize=9)
+    draw(gradient, values=drawn["cosine_gradient"])
+    gradient.set_title("cosine: update, minus the batch's gradient", fontsize=9)
+    draw(nominal, values=drawn["cosine_nominal"])
+    nominal.set_title("cosine: update, nominal step", fontsize=9)
+    for axes in (multiplier, share, gradient, nominal):
+        axes.tick_params(labelsize=8)
+        label = f"horizon of the meta-training, {result['horizon']}"
+        axes.axvline(result["horizon"], color="k", ls=":", lw=1, label=label)
+    named = share.get_legend_handles_labels()
+    above.legend(*named, loc="outside lower center", ncols=7, fontsize=7)
+    _draw_differences(losses, result)
+    losses.set_title(
+        f"loss without ..., minus the whole theta's {result['loss']:.4f}\n"
+        f"(means of {result['steps']} steps; {result['seeds']} seeds, a dot each)",
+        fontsize=9,
     )
+    losses.set_xlabel("difference (nats)")
     return figure
 
 

@@ -18,7 +18,13 @@ import store
 CONSTANTS = star.Constants(beta2=0.3, beta3=1e-4, beta4=0.3)
 OPTIMIZER = star.learned_optimizer(CONSTANTS)
 SHAPES = {"b": (4,), "w": (5, 4)}
-update = jax.jit(OPTIMIZER.update)
+BETAS = {name: getattr(CONSTANTS, name) for name in ("beta1", "beta3")}
+
+
+@jax.jit
+def update(theta, asked, betas):
+    constants = CONSTANTS._replace(**betas)
+    return star.learned_optimizer(constants).update(theta, *asked)
 
 
 def normal(key, scale=1.0):
@@ -41,7 +47,8 @@ def asked(theta):
     params = normal(jax.random.key(0))
     state = OPTIMIZER.init(params)
     for t in range(1, 4):
-        _, state = update(theta, normal(jax.random.key(t), 0.1), state, params)
+        asked = learned.Asked(normal(jax.random.key(t), 0.1), state, params)
+        _, state = update(theta, asked, BETAS)
     return learned.Asked(normal(jax.random.key(9), 0.1), state, params)
 
 
@@ -59,10 +66,9 @@ def taken_apart():
 def test_the_two_parts_add_up_to_the_update(theta, asked, taken_apart):
     """Nominal: the update at beta3 = 0; blackbox: at beta1 = 0; whole: the optimizer's."""
     parts, _ = taken_apart(theta, asked)
-    whole, _ = update(theta, *asked)
+    whole, _ = update(theta, asked, BETAS)
     for part, beta in ((parts.nominal, "beta3"), (parts.blackbox, "beta1")):
-        other = star.learned_optimizer(CONSTANTS._replace(**{beta: 0.0}))
-        alone, _ = other.update(theta, *asked)
+        alone, _ = update(theta, asked, BETAS | {beta: 0.0})
         for k in SHAPES:
             scale = np.abs(whole[k]).max()
             np.testing.assert_allclose(part[k], alone[k], atol=1e-5 * scale)
@@ -77,7 +83,7 @@ def test_plain_nominal_step_is_equation_21_without_its_exponential(
 ):
     """beta1 times the mean of three momenta over v, in numpy from the new state."""
     parts, _ = taken_apart(theta, asked)
-    _, state = update(theta, *asked)
+    _, state = update(theta, asked, BETAS)
     for k in SHAPES:
         v = np.sqrt(np.asarray(state.rms[k]) + CONSTANTS.rms_eps)
         mean = sum(np.asarray(m[k]) for m in state.momentum) / 3
@@ -151,7 +157,7 @@ def test_what_is_taken_out_is_zero_and_nothing_else(theta):
     assert changed["all but time"] == {"w0"}
     np.testing.assert_array_equal(parts["all but time"]["w0"][28:], theta["w0"][28:])
     assert changed["decay offsets"] == set(learned.DECAYS)
-    assert changed["decay offsets and heads"] == {"w2", "b2", *learned.DECAYS}
+    assert changed["everything learned"] == {"w2", "b2", *learned.DECAYS}
     heads = parts["direction head: no blackbox"]
     np.testing.assert_array_equal(heads["w2"][:, 1:], theta["w2"][:, 1:])
     assert not heads["w2"][:, 0].any() and float(heads["b2"][0]) == 0
@@ -215,9 +221,9 @@ def test_tensors_have_names():
 def test_what_cannot_be_taken_apart_is_refused_in_one_line(kind, tmp_path, capsys):
     """One theta of a STAR with a nominal term, whose card names its task."""
     preset = "no_nominal" if kind == "no nominal term" else "star"
-    constants = star.CONSTANTS[preset]
-    path = tmp_path / "theta.npz"
-    theta = star.PRESETS[preset].init_theta(jax.random.key(0))
+    constants, path = star.CONSTANTS[preset], tmp_path / "theta.npz"
+    shapes = star.theta_shapes(constants)
+    theta = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     star.save_theta(path, theta, {"constants": constants._asdict()})
     line = ["--figure", "learned", "--quick", "--out", str(tmp_path / "out")]
     line += ["--theta", str(path)] * (2 if kind == "two thetas" else 1)
