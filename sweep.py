@@ -4,14 +4,20 @@ STAR at four weight decays, blackbox, hyperparam, no preconditioner, no nominal 
 with the same recipe and budget, seed after seed. Each run is a folder of train.py's,
 OUT/VARIANT-seedN; finished ones are skipped and others resumed. Flags that are not listed
 here go to train.py, the same for every run: python sweep.py --steps 1000 --particles 8
+
+`--ship FOLDER` leaves there what eval.py's figures need of finished runs, a few KB each.
 """
 
 import argparse
+import json
 import pathlib
 import sys
+from functools import partial
 
+import figures_star
+import star
 import train
-from store import UserError, read_card, run_command
+from store import UserError, load_theta, read_card, run_command, write_atomically
 
 STAR = ("--optimizer", "star_small_beta3", "--weight-decay")
 # Section 5.3, appendices B.2 and C.2. Without the nominal term beta3 stays STAR's.
@@ -36,6 +42,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     add("--seeds", type=int, default=1, help="meta-training seeds (default 1)")
     add("--only", help=f"comma-separated, of {', '.join(VARIANTS)}")
     add("--out", help="folder of the runs; default runs/sweep-TASK")
+    add("--ship", help="copy thetas, cards and thinned logs of finished runs there")
     args, rest = parser.parse_known_args(argv)
     args.only = args.only.split(",") if args.only else list(VARIANTS)
     for name in args.only:
@@ -50,6 +57,32 @@ def finished(folder) -> bool:
     """Whether train.py went to the end there: its last card has fresh runs."""
     theta = folder / "theta.npz"
     return theta.exists() and "fresh_loss" in read_card(theta)
+
+
+def ship(root: pathlib.Path, target: pathlib.Path, every=10) -> None:
+    """Of each finished run in `root`: theta and card, and every tenth row of its log, the
+    mean over the ten meta-steps that end there."""
+    for folder in sorted(path.parent for path in root.glob("*-seed*/theta.npz")):
+        if not finished(folder):
+            continue
+        to = target / folder.name
+        to.mkdir(parents=True, exist_ok=True)
+        theta, _, _ = load_theta(folder / "theta.npz")
+        card = read_card(folder / "theta.npz")
+        write_atomically(
+            to / "theta.npz", partial(star.save_theta, theta=theta, card=card)
+        )
+        text = json.dumps(card, indent=1) + "\n"
+        write_atomically(to / "theta.json", lambda f, text=text: f.write(text.encode()))
+        steps, losses = figures_star.read_log(folder / "log.csv")
+        whole = len(losses) // every * every
+        means = losses[:whole].reshape(-1, every).mean(1)
+        rows = zip(steps[every - 1 : whole : every], means, strict=True)
+        lines = ["step,meta_loss\n"] + [
+            f"{step:.0f},{loss:.6g}\n" for step, loss in rows
+        ]
+        text = "".join(lines)
+        write_atomically(to / "log.csv", lambda f, text=text: f.write(text.encode()))
 
 
 def main(argv=None) -> int:
@@ -68,6 +101,8 @@ def main(argv=None) -> int:
             command.append("--resume")
         if code := train.main([*command, "--out", config.out]):
             return code
+    if args.ship:
+        ship(root, pathlib.Path(args.ship))
     print(f"{len(runs)} runs in {root}; eval.py --figure 3 --runs {root} draws them")
     return 0
 

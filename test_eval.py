@@ -275,6 +275,19 @@ def test_runs_of_a_sweep_are_summed_up(swept):
     np.testing.assert_allclose(losses[1], plain, rtol=1e-4)
 
 
+def test_shipped_runs_draw_the_same_figure(swept, tmp_path):
+    """Thetas and cards as they were; the log's rows are means of ten meta-steps."""
+    assert sweep.main([*QUICK, "--out", str(swept), "--ship", str(tmp_path)]) == 0
+    for seed in range(2):
+        name = f"hyperparam-seed{seed}"
+        theta, _, _ = store.load_theta(swept / name / "theta.npz")
+        shipped, _, _ = store.load_theta(tmp_path / name / "theta.npz")
+        np.testing.assert_array_equal(theta["w0"], shipped["w0"])
+        _, losses = figures_star.read_log(swept / name / "log.csv")
+        steps, means = figures_star.read_log(tmp_path / name / "log.csv")
+        assert steps.tolist() == [10] and means[0] == pytest.approx(losses[:10].mean())
+
+
 def test_missing_runs_are_named(swept, tmp_path, capsys):
     """Figure 3 needs four variants; a folder without one says how to make it."""
     assert evaluate("--figure 3 --quick --runs", tmp_path, swept) == 2
