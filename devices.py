@@ -62,9 +62,8 @@ def one_line_if_lost(line: str):
         yield
         return
     wait = ["sh", "-c", 'read line || echo "$0" >&2', line]
-    with subprocess.Popen(
-        wait, stdin=subprocess.PIPE, start_new_session=True
-    ) as teller:
+    teller = subprocess.Popen(wait, stdin=subprocess.PIPE, start_new_session=True)
+    with teller:
         try:
             yield
         except (RuntimeError, ValueError) as error:
