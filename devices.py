@@ -94,6 +94,9 @@ def leave() -> None:
     """Part from the other processes; what follows is of this one alone."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # no longer for the runtime to tell
 
 
 def mesh_of(per_process: int) -> Mesh | None:
