@@ -62,9 +62,8 @@ def one_line_if_lost(line: str):
         yield
         return
     wait = ["sh", "-c", 'read line || echo "$0" >&2', line]
-    with subprocess.Popen(
-        wait, stdin=subprocess.PIPE, start_new_session=True
-    ) as teller:
+    teller = subprocess.Popen(wait, stdin=subprocess.PIPE, start_new_session=True)
+    with teller:
         try:
             yield
         except (RuntimeError, ValueError) as error:
@@ -95,6 +94,9 @@ def leave() -> None:
     """Part from the other processes; what follows is of this one alone."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # no longer for the runtime to tell
 
 
 def mesh_of(per_process: int) -> Mesh | None:
@@ -170,24 +172,29 @@ def gathered(combine: Callable) -> Callable:
 
 
 def population(
-    estimator: estimators.Estimator,
+    build: Callable,
+    inputs: tuple,
     particles: int,
     batch: Callable,
     combine: Callable,
     mesh: Mesh | None,
 ) -> estimators.Estimator:
-    """`estimators.population` with its particles split over the mesh, if there is one.
+    """`estimators.population` of build(*inputs), split over the mesh, if there is one.
 
-    Its state is SPLIT; theta, the gradient and the metrics are WHOLE.
+    inputs: what may be traced (the data), for `shard_map` to hand in: an estimator with
+    such values inside would not work on a device's side. Its state is SPLIT; theta, the
+    gradient and the metrics are WHOLE.
     """
-    whole = estimators.population(estimator, particles, batch, combine)
+    whole = estimators.population(build(*inputs), particles, batch, combine)
     if mesh is None:
         return whole
     is_mean = combine is estimators.mean_of_particles
     reduce = mean_by_sum if is_mean else gathered(combine)
 
     def estimate(key, theta, state) -> tuple[Any, Any, dict]:
-        def share(keys, theta, state):
+        def share(inputs, keys, theta, state):
+            estimator = build(*inputs)
+
             def one(key, state):
                 return estimator.estimate(key, theta, state)
 
@@ -198,10 +205,10 @@ def population(
         over_mesh = jax.shard_map(
             share,
             mesh=mesh,
-            in_specs=(SPLIT, WHOLE, SPLIT),
+            in_specs=(WHOLE, SPLIT, WHOLE, SPLIT),
             out_specs=(WHOLE, SPLIT, WHOLE),
             check_vma=False,  # a scan may start from zeros, which are the same everywhere
         )
-        return over_mesh(jax.random.split(key, particles), theta, state)
+        return over_mesh(inputs, jax.random.split(key, particles), theta, state)
 
     return estimators.Estimator(whole.init, estimate)

@@ -21,6 +21,7 @@ import devices
 import estimators
 import store
 import train
+from tasks import TASKS
 
 HERE = pathlib.Path(__file__).resolve().parent
 RECIPE = (
@@ -246,17 +247,19 @@ def test_other_means_see_all_particles(combine):
         ("adam", "merged", ("4,7", "all_gather")),  # (N, both gradients and the loss)
     ],
 )
-def test_a_meta_step_has_one_collective(optimizer, estimator, expected, monkeypatch):
-    """A sum of theta's 202 floats and three more; for the merge, one gathering."""
+def test_a_meta_step_has_one_collective(
+    optimizer, estimator, expected, monkeypatch, use_stand_in
+):
+    """A sum of theta's 202 floats and three more; for the merge, one gathering. On a task
+    with data, which every device must be handed."""
     mesh = jax.sharding.AbstractMesh((2,), (devices.AXIS,))
     monkeypatch.setattr(devices, "mesh_of", lambda n: mesh)
-    config = train.Config(
-        task="quadratic", optimizer=optimizer, estimator=estimator, horizon=50
-    )
-    state = jax.eval_shape(lambda: train.init_state(config, {}))
+    config = train.Config("fmnist_small", optimizer, estimator=estimator, horizon=50)
+    data, _ = TASKS[config.task].load()
+    state = jax.eval_shape(lambda data: train.init_state(config, data), data)
 
-    def step(key, state):
-        return train.meta_step(config, {}, key, state)
+    def step(data, key, state):
+        return train.meta_step(config, data, key, state)
 
-    text = str(jax.make_jaxpr(step)(jax.random.key(0), state))
+    text = str(jax.make_jaxpr(step)(data, jax.random.key(0), state))
     assert re.findall(r"f32\[([\d,]*)\] = (psum|all_gather)\w*\[", text) == [expected]

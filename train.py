@@ -266,11 +266,8 @@ def unroll_drawn(config: Config, step, key, most: int):
     return jnp.clip(windows, 1, most).astype(jnp.int32)
 
 
-def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
-    """Task x optimizer -> unroll -> one pair -> N pairs; data, step, key may be traced.
-
-    key: for the jitter of the unroll's length; only `estimate` needs it.
-    """
+def build_pair(config: Config, data, step, key) -> estimators.Estimator:
+    """Task x optimizer -> unroll -> one pair; the arguments as of `build_estimator`."""
     build = partial(TASKS[config.task].build, data)
     optimizer, _ = optimizer_of(config)
     # Recomputed step by step backpropagation is a quarter faster; STAR, half as fast.
@@ -282,15 +279,23 @@ def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estima
         windows = unroll_drawn(config, step, key, most)
         problem = estimators.several(problem, windows, most)
     batch = jax.vmap if config.side_by_side else batching()
-    pair = ESTIMATORS[config.estimator](
-        problem, windows_at(config, step), config.sigma, batch
-    )
+    windows = windows_at(config, step)
+    return ESTIMATORS[config.estimator](problem, windows, config.sigma, batch)
+
+
+def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
+    """One pair -> N pairs, shared by the devices; data, step, key may be traced.
+
+    key: for the jitter of the unroll's length; only `estimate` needs it.
+    """
+    build, inputs = partial(build_pair, config), (data, step, key)
+    batch = jax.vmap if config.side_by_side else batching()
     combine = {
         "merged": estimators.inverse_variance_mean,
         "truncated_bptt": estimators.mean_of_finite_particles,
     }.get(config.estimator, estimators.mean_of_particles)
     mesh = devices.mesh_of(config.devices)
-    return devices.population(pair, config.particles, batch, combine, mesh)
+    return devices.population(build, inputs, config.particles, batch, combine, mesh)
 
 
 def run_keys(config: Config) -> jax.Array:
