@@ -236,7 +236,8 @@ def plot_runs(result: dict, plt, individual=False):
             for i, line in enumerate(lines):
                 label = LABELS[name] if i == 0 else None
                 axes.plot(x, line, color=COLORS[name], lw=0.9, label=label)
-    seeds = ", ".join(sorted({f"{len(v)}" for v in drawn["inner"].values()}))
+    counts = sorted({len(lines) for lines in drawn["inner"].values()})
+    seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
     above.set(
         xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)",
         title=f"meta-training on {result['task']}, {seeds} seed(s)",
