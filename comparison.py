@@ -63,6 +63,11 @@ class Entry(NamedTuple):
     horizon: int | None = None
 
 
+def say(text: str) -> None:
+    """A line of progress, at once: output may go to a file."""
+    print(text, flush=True)
+
+
 def general_name(entry: Entry) -> str:
     """The name without what differs from task to task: a tuned learning rate."""
     return entry.settings.get("optimizer", entry.name)
@@ -224,7 +229,7 @@ def summary(table: list[dict]) -> list[dict]:
     return lines
 
 
-def on_task(task: str, request: Request, folder=None, log=print):
+def on_task(task: str, request: Request, folder=None, log=say):
     """(entries, about the data): every optimizer of the request on the task.
 
     folder: where `save` puts the results; what lies there from the same request is read
@@ -252,7 +257,7 @@ def on_task(task: str, request: Request, folder=None, log=print):
 
 
 def on_tasks(
-    names, request: Request, folder: pathlib.Path, log=print, drawn=None
+    names, request: Request, folder: pathlib.Path, log=say, drawn=None
 ) -> dict:
     """{task: (entries, about)}, each task's files in a folder of its own, with the time
     left, told from the tasks done. drawn: (folder, task, entries, about), after each."""

@@ -175,7 +175,7 @@ def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
     meta, inner, summary = {}, {}, {}
     for name, paths in runs.items():
         found = [load_theta(path / "theta.npz") for path in paths]
-        report = comparison.progress(name, steps, len(paths), print)
+        report = comparison.progress(name, steps, len(paths), comparison.say)
         run = partial(curves, TASKS[task].build, data, found[0].optimizer)
         thetas = [trained.theta for trained in found]
         inner[name] = run(thetas, keys, steps, every=every, report=report).losses[:, 0]
