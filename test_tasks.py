@@ -104,7 +104,16 @@ FIRST_LOSS |= dict.fromkeys(("conv_c100_small", "resnet_c100_small"), math.log(1
 FIRST_LOSS |= dict.fromkeys(("lstm_small", "transformer_small"), math.log(259))
 
 
-@pytest.mark.parametrize("name", tasks.SUITES["small"])
+SLOW = ("resnet", "transformer", "lstm", "conv", "cifar10_conv")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW))
+        for name in tasks.SUITES["small"]
+    ],
+)
 def test_small_task_can_be_trained(name, use_stand_in):
     """First loss as of a network that knows nothing, exactly so for the ResNet, whose last
     layer is zero; Adam lowers it on one batch; every
