@@ -69,6 +69,7 @@ def ship(root: pathlib.Path, target: pathlib.Path, every=10) -> None:
         to.mkdir(parents=True, exist_ok=True)
         theta, _, _ = load_theta(folder / "theta.npz")
         card = read_card(folder / "theta.npz")
+        card["recipe"] |= {"out": None, "data_dir": None}  # of the machine, not the run
         write_atomically(
             to / "theta.npz", partial(star.save_theta, theta=theta, card=card)
         )
