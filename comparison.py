@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 import tuning
-from baselines import BASELINES, GRIDS, LEARNING_RATES
+from baselines import BASELINES, GRIDS, LEARNING_RATES, as_theta
 from inner import Curves, curves, thinning
 from lopts import LearnedOptimizer
-from store import UserError, clock, load_theta, read_card, read_npz, write_atomically
+from store import UserError, clock, load_theta, read_card, save_json, write_atomically
 from tasks import TASKS, measure_task
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
@@ -80,8 +80,8 @@ def trained(path) -> Contestant:
     theta, optimizer, _ = load_theta(path)
     card, path = read_card(path), pathlib.Path(path)
     stem = path.resolve().parent.name if path.stem == "theta" else path.stem
-    arrays = read_npz(path)
-    digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(theta)))
+    parts = (np.asarray(theta[name]).tobytes() for name in sorted(theta))
+    digest = hashlib.sha256(b"".join(parts))
     settings = {"theta": stem, "sha256": digest.hexdigest()[:16]}
     horizon = card.get("recipe", {}).get("horizon")
     name = f"{card.get('optimizer', 'STAR')} ({stem})"
@@ -112,15 +112,15 @@ def baseline(task: str, name: str, steps: int, data, about: dict) -> Contestant:
         result = tuning.tune(search, data, about)
         if result["theta"] is None:
             raise UserError(f"{name} diverges on {task} whatever its hyperparameters")
-    theta = {k: np.float32(x) for k, x in result["theta"].items()}
+    theta = result["theta"]
     if "steps" in theta:
-        theta["steps"] = np.float32(steps)
+        theta = theta | {"steps": steps}
     label = name
     if name in GRIDS:
         label = f"{name} {result['theta']['learning_rate']:g}"
     chosen = {k: result[k] for k in ("budget", "steps", "seed", "loss")}
     settings = {"optimizer": name, "theta": result["theta"], "tuned": chosen}
-    return Contestant(label, BASELINES[name], theta, settings)
+    return Contestant(label, BASELINES[name], as_theta(theta), settings)
 
 
 def run(contestant: Contestant, build, data, seeds: int, steps: int, report=None):
@@ -160,11 +160,15 @@ def progress(name: str, steps: int, seeds: int, log: Callable) -> Callable:
     return report
 
 
+def final(losses: np.ndarray, every: int = 1) -> np.ndarray:
+    """(seeds, points) -> (seeds,): mean over the last `FINAL` inner steps."""
+    return losses[:, -max(1, FINAL // every) :].mean(1)
+
+
 def diverged(losses: np.ndarray, every: int = 1) -> np.ndarray:
     """(seeds, points) -> (seeds,): nan or inf anywhere, or at the end above the start."""
     start = losses[:, : max(1, 10 // every)].mean(1)
-    end = losses[:, -max(1, FINAL // every) :].mean(1)
-    return ~np.isfinite(losses).all(1) | ~(end <= start)
+    return ~np.isfinite(losses).all(1) | ~(final(losses, every) <= start)
 
 
 def row(entry: Entry, task: str = "", dataset: str = "") -> dict:
@@ -173,9 +177,7 @@ def row(entry: Entry, task: str = "", dataset: str = "") -> dict:
     lost = diverged(losses, entry.every)
     kept = losses[~lost]
     mean, spread = mean_and_spread(kept.mean(1))
-    final, final_spread = mean_and_spread(
-        kept[:, -max(1, FINAL // entry.every) :].mean(1)
-    )
+    end, end_spread = mean_and_spread(final(kept, entry.every))
     steps = losses.size * entry.every
     return {
         "task": task,
@@ -184,8 +186,8 @@ def row(entry: Entry, task: str = "", dataset: str = "") -> dict:
         "dataset": dataset,
         "mean_loss": mean,
         "mean_loss_std": spread,
-        "final_loss": final,
-        "final_loss_std": final_spread,
+        "final_loss": end,
+        "final_loss_std": end_spread,
         **{k: mean_and_spread(v[~lost])[0] for k, v in entry.curves.test.items()},
         "diverged": f"{int(lost.sum())}/{len(lost)}",
         "seconds_per_1000_steps": 1000 * entry.curves.seconds / steps,
@@ -229,14 +231,14 @@ def summary(table: list[dict]) -> list[dict]:
     return lines
 
 
-def on_task(task: str, request: Request, folder=None, log=say):
+def on_task(task: str, request: Request, folder: pathlib.Path, log=say, resume=True):
     """(entries, about the data): every optimizer of the request on the task.
 
-    folder: where `save` puts the results; what lies there from the same request is read
-    instead of run again. None: run, keep nothing.
+    folder: where `save` puts the results. resume: what lies there from the same request is
+    read instead of run again.
     """
     arguments = identity(task, request)
-    if folder is not None and (found := saved(folder, arguments)) is not None:
+    if resume and (found := saved(folder, arguments)) is not None:
         log(f"{task}: done before, in {folder}")
         return found
     spec = TASKS[task]
@@ -251,8 +253,7 @@ def on_task(task: str, request: Request, folder=None, log=say):
         entry = run(contestant, spec.build, data, request.seeds, request.steps, report)
         entries.append(entry)
         log(f"  {entry.name}: {entry.curves.seconds:.1f} s")
-    if folder is not None:
-        save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
+    save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
     return entries, about
 
 
@@ -358,11 +359,6 @@ def saved(folder, arguments: dict):
 def save_table(path, table: list[dict]) -> None:
     names = list(dict.fromkeys(name for line in table for name in line))
     write_csv(path, [names, *([line.get(name) for name in names] for line in table)])
-
-
-def save_json(path, value) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda f: f.write(text.encode()))
 
 
 def write_csv(path, lines) -> None:

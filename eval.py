@@ -15,7 +15,8 @@ import comparison
 import figures
 import figures_star
 from baselines import BASELINES
-from store import UserError, run_command
+from inner import thinning
+from store import UserError, run_command, save_json
 from tasks import SUITES, TASKS
 
 
@@ -25,12 +26,9 @@ def evaluate(args, request: comparison.Request, folder: pathlib.Path) -> int:
         results = comparison.on_tasks(names, request, folder, drawn=drawn)
         figures_star.save_tasks(folder, results, f"suite {args.task}")
     else:
-        results = {args.task: comparison.on_task(args.task, request)}
-        entries, about = results[args.task]
-        table = comparison.rows(entries, args.task, about["dataset"])
-        asked = comparison.identity(args.task, request)
-        comparison.save(folder, asked, about, entries, table)
-        figures_star.save_task(folder, args.task, entries, about)
+        found = comparison.on_task(args.task, request, folder, resume=False)
+        figures_star.save_task(folder, args.task, *found)
+        results = {args.task: found}
     table = []
     for task, (entries, about) in results.items():
         lines = comparison.rows(entries, task, about["dataset"])
@@ -42,9 +40,7 @@ def evaluate(args, request: comparison.Request, folder: pathlib.Path) -> int:
     if args.task in SUITES:
         comparison.save_table(folder / "table.csv", table)
         asked = {k: v for k, v in vars(args).items() if k != "figure"}
-        comparison.save_json(
-            folder / "results.json", {"arguments": asked, "rows": table}
-        )
+        save_json(folder / "results.json", {"arguments": asked, "rows": table})
         print()
         comparison.print_table(comparison.summary(table))
     print(f"results in {folder}")
@@ -106,10 +102,7 @@ def parse(argv=None) -> argparse.Namespace:
             raise UserError(f"--{name} must be at least 1")
     if not args.figure:
         args.steps = args.steps or 2000
-        try:
-            comparison.thinning(args.steps)
-        except ValueError as error:
-            raise UserError(f"--steps: {error}") from None
+        thinning(args.steps)  # refused before anything is written
     return args
 
 

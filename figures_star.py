@@ -79,12 +79,11 @@ def draw_entries(axes, entries, title):
 
 def save_task(folder, task: str, entries, about: dict) -> None:
     """curves.png of one task."""
-    axes_label = dict(xlabel="inner steps", ylabel="training loss (EMA 0.98)")
     with picture(folder / "curves.png", figsize=(7.5, 4.6)) as figure:
         axes = figure.subplots()
         seeds = len(entries[0].curves.losses)
         draw_entries(axes, entries, f"{task}, {seeds} seed(s)\n{about['dataset']}")
-        axes.set(**axes_label)
+        axes.set(xlabel="inner steps", ylabel="training loss (EMA 0.98)")
         axes.legend(fontsize=8)
 
 
@@ -194,15 +193,13 @@ def summarize(meta, losses, every: int, card: dict) -> dict:
     """Numbers of one variant, a list over its meta-training seeds each."""
     horizon = card["recipe"]["horizon"]
     at = [n for n in (horizon, 10_000, 100_000) if n <= losses.shape[1] * every]
-    last = max(1, comparison.FINAL // every)
     return {
         "meta_loss": [
             values[-max(1, len(values) // 10) :].mean() for _, values in meta
         ],
         "mean_loss_over_horizon": losses[:, : max(1, horizon // every)].mean(1),
         **{
-            f"loss_at_{n}": losses[:, n // every - last : n // every].mean(1)
-            for n in at
+            f"loss_at_{n}": comparison.final(losses[:, : n // every], every) for n in at
         },
         "diverged": comparison.diverged(losses, every).tolist(),
     }

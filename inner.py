@@ -15,6 +15,7 @@ import numpy as np
 
 import estimators
 from estimators import sequential
+from store import UserError
 
 OBJECTIVES = {"train": None, "fresh": "train", "valid": "valid"}  # name -> split drawn
 
@@ -100,14 +101,14 @@ def batching() -> Callable:
 def thinning(steps: int, points=4000) -> int:
     """How many steps to average so that at most `points` means cover them: a divisor.
 
-    Raises ValueError where no divisor leaves about half as many.
+    Raises UserError where no divisor leaves about half as many.
     """
     least = -(-steps // points)
     for every in range(least, 2 * least):
         if steps % every == 0:
             return every
-    raise ValueError(
-        f"{steps} steps do not part into equal blocks: give a rounder number"
+    raise UserError(
+        f"{steps} steps do not part into equal blocks: take a rounder number"
     )
 
 

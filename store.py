@@ -90,6 +90,12 @@ def write_atomically(path: pathlib.Path, write) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def save_json(path: pathlib.Path, value) -> None:
+    """Written as `write_atomically` does."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
 class Trained(NamedTuple):
     """What a theta's file holds."""
 

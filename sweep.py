@@ -9,7 +9,6 @@ here go to train.py, the same for every run: python sweep.py --steps 1000 --part
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from functools import partial
@@ -17,7 +16,14 @@ from functools import partial
 import figures_star
 import star
 import train
-from store import UserError, load_theta, read_card, run_command, write_atomically
+from store import (
+    UserError,
+    load_theta,
+    read_card,
+    run_command,
+    save_json,
+    write_atomically,
+)
 
 STAR = ("--optimizer", "star_small_beta3", "--weight-decay")
 # Section 5.3, appendices B.2 and C.2. Without the nominal term beta3 stays STAR's.
@@ -73,8 +79,7 @@ def ship(root: pathlib.Path, target: pathlib.Path, every=10) -> None:
         write_atomically(
             to / "theta.npz", partial(star.save_theta, theta=theta, card=card)
         )
-        text = json.dumps(card, indent=1) + "\n"
-        write_atomically(to / "theta.json", lambda f, text=text: f.write(text.encode()))
+        save_json(to / "theta.json", card)
         steps, losses = figures_star.read_log(folder / "log.csv")
         whole = len(losses) // every * every
         means = losses[:whole].reshape(-1, every).mean(1)

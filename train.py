@@ -41,6 +41,7 @@ from store import (
     read_card,
     read_npz,
     run_command,
+    save_json,
     unflatten,
     write_atomically,
 )
@@ -398,8 +399,7 @@ def save_theta(folder, card: dict, state: TrainState) -> None:
         star.save_theta(file, state.theta, card, **arrays)
 
     write_atomically(folder / "theta.npz", write)
-    text = json.dumps(card, indent=1) + "\n"
-    write_atomically(folder / "theta.json", lambda f: f.write(text.encode()))
+    save_json(folder / "theta.json", card)
 
 
 def start_from(config: Config, data, state: TrainState) -> TrainState:
@@ -516,11 +516,15 @@ def command_line(config: Config) -> str:
     return " ".join(words)
 
 
-def inner_steps(config: Config, step: int) -> int:
-    """Inner steps of the first `step` meta-steps, of every run of a pair; no jitter."""
-    windows = np.asarray(unroll_at(config, np.arange(step))).sum()
+def inner_steps_at(config: Config, step) -> np.ndarray:
+    """Inner steps of this meta-step, of every run of a pair; no jitter; float."""
     runs = config.particles * (2 if config.sigma else 1)
-    return int(round(float(windows) * config.truncation * runs))
+    return np.asarray(unroll_at(config, step)) * config.truncation * runs
+
+
+def inner_steps(config: Config, step: int) -> int:
+    """Inner steps of the first `step` meta-steps."""
+    return int(round(float(inner_steps_at(config, np.arange(step)).sum())))
 
 
 def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
@@ -826,9 +830,7 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
         if pending:
             seconds = log.add(pending)
             step, _, grad_norm, *_ = log.rows[-1]
-            rate = (
-                inner_steps(config, int(step)) - inner_steps(config, int(step) - 1)
-            ) / seconds
+            rate = float(inner_steps_at(config, step - 1)) / seconds
             left = clock((config.steps - step) * seconds)
             print(
                 f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "
