@@ -342,17 +342,20 @@ def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
             [run_key] * len(signs)
         )  # common random numbers, on purpose
 
-        def mean_loss(pair):
-            carry, losses = batch(problem.run)(pair, state.carry, run_keys)
-            return losses.mean(), (carry, losses)  # losses (2, K)
+        def mean_loss(theta, carry, key):
+            carry, losses = problem.run(theta, carry, key)
+            return losses.mean(), (carry, losses)
 
+        # The gradient of each run inside of the batch: one tape at a time, and what does
+        # not change in an unroll, such as a data set, is not kept once a window.
         if gradient == "es":
-            _, (carry, losses) = mean_loss(pair)
+            _, (carry, losses) = batch(mean_loss)(pair, state.carry, run_keys)
         else:
-            by_pair, (carry, losses) = jax.grad(mean_loss, has_aux=True)(pair)
+            gradient_of = batch(jax.grad(mean_loss, has_aux=True))
+            by_run, (carry, losses) = gradient_of(pair, state.carry, run_keys)
         estimates = {}
-        if gradient != "es":  # the 1/2 is in the mean over the pair
-            estimates["bptt"] = jax.tree.map(lambda g: g.sum(0), by_pair)
+        if gradient != "es":
+            estimates["bptt"] = jax.tree.map(lambda g: g.mean(0), by_run)
         if gradient != "bptt":
             loss_pos, loss_neg = losses.mean(1)
             estimates["es"] = perturbed_difference(loss_pos, loss_neg, credit, sigma)

@@ -593,6 +593,29 @@ def test_bptt_keeps_one_window_in_memory():
     assert windowed < 0.2 * whole
 
 
+@pytest.mark.parametrize("batch", [estimators.sequential, jax.vmap])
+def test_bptt_keeps_one_data_set(batch):
+    """What every window reads is on the tape of none: a pair, 50 windows, data of 4 MB.
+
+    Differentiating the batch of the two runs instead of each run kept it 50 times.
+    """
+
+    def estimate(data, key):
+        def step(theta, s, key):
+            batch = data[jax.random.randint(key, (16,), 0, len(data))]
+            loss, grad = jax.value_and_grad(lambda s: ((batch @ s) ** 2).mean())(s)
+            return s - theta * grad, loss
+
+        problem = estimators.unroll(lambda key: jnp.ones((10, 3)), step, 2)
+        pair = estimators.bptt(problem, 50, 0.1, batch)
+        theta = jnp.float32(0.1)
+        return pair.estimate(key, theta, pair.init(key, theta))[0]
+
+    data = jnp.ones((100_000, 10))
+    compiled = jax.jit(estimate).lower(data, jax.random.key(0)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < data.nbytes / 4
+
+
 # --- Metz et al. 2019, equation 1
 
 
