@@ -18,21 +18,23 @@ from inner import batching, compiler_options, ema, inner_unroll
 from tasks import TASKS
 
 RATES = (0.03, 1.0)  # of momentum 0.9 on fmnist_small: smooth, and past the stable edge
-# Inner steps, from 2: the loss of the first step is free of theta.
-LENGTHS = (2, 5, 10, 20, 50, 100, 200)
+# Inner steps, from 3: momentum first shows in the third loss, the rate in the second.
+LENGTHS = (3, 5, 10, 20, 50, 100, 200)
+SIZES = (8, 32, 128)  # pairs in a merge
 
 
-def compute_variances(build, data, lengths, repeats: int, particles: int, sigma=0.01):
-    """Variance of the mean gradient of N pairs by unroll length: BPTT, ES and their merge.
+def compute_variances(build, data, lengths, pairs: int, sizes, sigma=0.01):
+    """Variance of the gradient of one pair by unroll length: BPTT, ES and their merge.
 
-    theta: log learning rate and logit of momentum of SGD, held at RATES and 0.9; each
-    unroll starts from a fresh network. Returns lengths (L,), learning_rates (R,) and, for
-    each of "bptt", "es", "merged", variance (R, L): the sum over theta of the variance over
-    `repeats` independent estimates, each of `particles` pairs; inf where a gradient is.
+    theta: log learning rate and logit of momentum of SGD, held at RATES and 0.9; each of
+    the `pairs` unrolls starts from a fresh network. Returns learning_rates (R,), lengths
+    (L,), pairs_merged (S,) = sizes; variance_bptt, variance_es (R, L): over the pairs,
+    summed over theta, inf where a gradient is; variance_merged (S, R, L): N times that of
+    the merged gradient of N pairs, to stand beside them; and their ratios.
     """
     optimizer = lopts.LEARNED["momentum"]
 
-    def gradients(theta, key, length):  # {name: (repeats, particles, size of theta)}
+    def gradients(data, theta, key, length):  # {name: (pairs, size of theta)}
         step = inner_unroll(partial(build, data), optimizer, 1)
         problem = estimators.several(step, length, max(lengths))
         pair = estimators.merged(problem, length, sigma, batching())
@@ -42,34 +44,52 @@ def compute_variances(build, data, lengths, repeats: int, particles: int, sigma=
             grad, _, _ = pair.estimate(key, theta, pair.init(init_key, theta))
             return {k: jnp.stack(jax.tree.leaves(v)) for k, v in grad.items()}
 
-        grads = batching()(one)(jax.random.split(key, repeats * particles))
-        return jax.tree.map(lambda g: g.reshape(repeats, particles, -1), grads)
+        return batching()(one)(jax.random.split(key, pairs))
 
-    def variances(theta, key, length):
-        grads = gradients(theta, key, length)
-        means = {k: v.mean(1) for k, v in grads.items()}
-        means["merged"] = jax.vmap(lambda g: estimators.inverse_variance_mean(g)[0])(
-            grads
-        )
-        return {k: v.var(0, ddof=1).sum() for k, v in means.items()}
-
-    run = jax.jit(variances, compiler_options=compiler_options())
-    out = []
-    for rate in RATES:
-        theta = lopts.encode({"learning_rate": rate, "momentum": 0.9})
-        for i, length in enumerate(lengths):
-            out.append(run(theta, jax.random.key(i), jnp.int32(length)))
+    run = jax.jit(gradients, compiler_options=compiler_options())
     shape = len(RATES), len(lengths)
-    stacked = {k: np.reshape([float(x[k]) for x in out], shape) for k in out[0]}
-    stacked = {k: np.where(np.isnan(v), np.inf, v) for k, v in stacked.items()}
-    better = np.minimum(stacked["bptt"], stacked["es"])
+    single = {name: np.empty(shape) for name in ("bptt", "es")}
+    merged = np.empty((len(sizes), *shape))
+    for i, rate in enumerate(RATES):
+        theta = lopts.encode({"learning_rate": rate, "momentum": 0.9})
+        for j, length in enumerate(lengths):
+            grads = run(data, theta, jax.random.key(j), jnp.int32(length))
+            for name, of_name in single.items():
+                of_name[i, j] = total_variance(grads[name])
+            for k, size in enumerate(sizes):
+                merged[k, i, j] = size * merged_variance(grads, size)
     return {
         "learning_rates": RATES,
         "lengths": lengths,
-        **{f"variance_{k}": v for k, v in stacked.items()},
-        "merged_over_better": stacked["merged"] / better,
-        "bptt_over_es": stacked["bptt"] / stacked["es"],
+        "pairs": pairs,
+        "pairs_merged": sizes,
+        **{f"variance_{name}": v for name, v in single.items()},
+        "variance_merged": merged,
+        "merged_over_better": merged / np.minimum(*single.values()),
+        "bptt_over_es": single["bptt"] / single["es"],
     }
+
+
+def total_variance(grads) -> float:
+    """(n, size of theta) -> the variance over n, summed over theta; inf for no number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.asarray(grads, np.float64).var(0, ddof=1).sum()
+    return float(total) if np.isfinite(total) else np.inf
+
+
+def merged_variance(grads: dict, size: int, resamples=4000) -> float:
+    """Variance of the merge of `size` pairs, drawn `resamples` times, with replacement,
+    from the pairs at hand: {name: (pairs, size of theta)}."""
+    pairs = len(grads["bptt"])
+
+    def merge(key):
+        drawn = jax.random.randint(key, (size,), 0, pairs)
+        chosen = jax.tree.map(lambda g: g[drawn], grads)
+        return estimators.inverse_variance_mean(chosen)[0]
+
+    return total_variance(
+        jax.jit(jax.vmap(merge))(jax.random.split(jax.random.key(0), resamples))
+    )
 
 
 def meta_train(config: train.Config, data):
@@ -109,9 +129,9 @@ def compute_4(data, quick: bool) -> dict:
     """Figure 4: variances by unroll length, and while the MLP optimizer is trained."""
     build = TASKS["fmnist_small"].build
     if quick:
-        result = compute_variances(build, data, (2, 5, 20), repeats=6, particles=4)
+        result = compute_variances(build, data, (3, 5, 20), pairs=24, sizes=(4,))
     else:
-        result = compute_variances(build, data, LENGTHS, repeats=25, particles=8)
+        result = compute_variances(build, data, LENGTHS, pairs=1600, sizes=SIZES)
     _, metrics, _ = meta_train(base_config(quick), data)
     names = {"bptt": "bptt_noise", "es": "es_noise"}  # the merge's own would be biased
     training = {name: metrics[key] ** 2 for name, key in names.items()}
@@ -130,27 +150,27 @@ def compute_4(data, quick: bool) -> dict:
 def plot_4(result: dict, plt):
     """Left and middle: by unroll length, at two rates. Right: over meta-training."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    names = {
-        "bptt": "backpropagation",
-        "es": "evolution strategies",
-        "merged": "merged",
-    }
+    names = {"bptt": "backpropagation", "es": "evolution strategies"}
     styles = {
         "bptt": dict(color="C3", marker="o"),
         "es": dict(color="C0", marker="s"),
-        "merged": dict(color="k", marker=".", ls="--"),
     }
+    sizes, merged = result["pairs_merged"], result["variance_merged"]
     for i, rate in enumerate(result["learning_rates"]):
         for name, label in names.items():
             variance = result[f"variance_{name}"][i]
             axes[i].plot(result["lengths"], variance, **styles[name], label=label)
+        lines = zip(sizes, merged, (":", "-.", "--"), strict=False)
+        for size, variance, style in lines:
+            label = f"merge of {size} pairs"
+            axes[i].plot(result["lengths"], variance[i], "k", ls=style, label=label)
         axes[i].set(
             title=f"SGD with momentum 0.9, rate {rate:g}",
             xlabel="unroll (inner steps)",
             xscale="log",
             yscale="log",
         )
-    axes[0].set_ylabel("variance of the meta-gradient")
+    axes[0].set_ylabel("variance of a pair's meta-gradient")
     for name in ("bptt", "es"):
         label, values = names[name], result["curves"][name]
         axes[2].plot(values, color=styles[name]["color"], lw=0.8, label=label)
