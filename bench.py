@@ -20,7 +20,7 @@ import estimators
 import star
 from baselines import BASELINES
 from inner import batching, compiler_options, inner_unroll
-from store import UserError, run_command, write_atomically
+from store import Arguments, UserError, run_command, write_atomically
 from tasks import TASKS
 
 OPTIMIZERS = {
@@ -124,10 +124,12 @@ def peak_memory() -> dict[str, float]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", default="fmnist", choices=tuple(TASKS))
+    parser.add_argument(
+        "--task", default="fmnist", choices=tuple(TASKS), metavar="NAME"
+    )
     parser.add_argument("--particles", type=int, default=4, help="antithetic pairs")
     parser.add_argument("--truncation", type=int, default=50, help="K, inner steps")
     parser.add_argument("--data", default="auto", choices=("real", "stand-in", "auto"))

@@ -16,7 +16,7 @@ import figures
 import figures_star
 from baselines import BASELINES
 from inner import thinning
-from store import UserError, run_command, save_json
+from store import Arguments, UserError, run_command, save_json
 from tasks import SUITES, TASKS
 
 
@@ -48,7 +48,7 @@ def evaluate(args, request: comparison.Request, folder: pathlib.Path) -> int:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -13,6 +13,7 @@ import numpy as np
 
 import estimators
 import lopts
+import settings
 import train
 from inner import batching, compiler_options, ema, inner_unroll
 from tasks import TASKS
@@ -92,7 +93,7 @@ def merged_variance(grads: dict, size: int, resamples=4000) -> float:
     )
 
 
-def meta_train(config: train.Config, data):
+def meta_train(config: settings.Config, data):
     """(state, metrics: dict of (meta-steps,), seconds): a run of train.py's meta-step."""
     state = train.init_state(config, data)
     step_fn = train.compile_meta_step(config, data, state)
@@ -106,14 +107,14 @@ def meta_train(config: train.Config, data):
     return state, metrics, time.perf_counter() - begin
 
 
-def base_config(quick: bool, **changes) -> train.Config:
+def base_config(quick: bool, **changes) -> settings.Config:
     """Metz's recipe (D.3) at a scale of minutes: fmnist_small, the unroll from 10 to 200
     inner steps of T = 500, jitter 20 %, 4 pairs. quick: a twin that takes seconds, with
     two meta-parameters, which shows that it runs and nothing else."""
     small = (
         dict(optimizer="momentum", steps=20, horizon=100, unroll=40) if quick else {}
     )
-    settings = dict(
+    scale = dict(
         task="fmnist_small",
         truncation=10,
         horizon=500,
@@ -121,8 +122,8 @@ def base_config(quick: bool, **changes) -> train.Config:
         steps=200,
         particles=4,
     )
-    recipe = train.PRESETS["metz"] | settings | changes | small
-    return dataclasses.replace(train.Config(), **recipe)
+    recipe = settings.PRESETS["metz"] | scale | changes | small
+    return dataclasses.replace(settings.Config(), **recipe)
 
 
 def compute_4(data, quick: bool) -> dict:

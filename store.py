@@ -1,5 +1,6 @@
 """Files of a run: trees as `.npz` arrays by path, written whole or not at all."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -17,6 +18,13 @@ from data import DataError
 
 class UserError(Exception):
     """One line for the user on stderr, exit code 2."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse whose errors are a UserError: their one line, without the usage above."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def run_command(program: str, main, argv=None) -> int:

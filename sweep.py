@@ -14,9 +14,11 @@ import sys
 from functools import partial
 
 import figures_star
+import settings
 import star
 import train
 from store import (
+    Arguments,
     UserError,
     load_theta,
     read_card,
@@ -40,7 +42,7 @@ VARIANTS = {
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -99,7 +101,7 @@ def main(argv=None) -> int:
         folder = root / f"{name}-seed{seed}"
         print(f"run {i + 1} of {len(runs)}: {folder}", flush=True)
         command = ["--task", args.task, *rest, *VARIANTS[name], "--seed", str(seed)]
-        config = train.parse([*command, "--out", str(folder)])  # refused before work
+        config = settings.parse([*command, "--out", str(folder)])  # refused before work
         if finished(folder):
             print("finished before", flush=True)
             continue

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import devices
 import estimators
+import settings
 import store
 import train
 from tasks import TASKS
@@ -256,7 +257,7 @@ def test_a_meta_step_has_one_collective(
     with data, which every device must be handed."""
     mesh = jax.sharding.AbstractMesh((2,), (devices.AXIS,))
     monkeypatch.setattr(devices, "mesh_of", lambda n: mesh)
-    config = train.Config("fmnist_small", optimizer, estimator=estimator, horizon=50)
+    config = settings.Config("fmnist_small", optimizer, estimator=estimator, horizon=50)
     data, _ = TASKS[config.task].load()
     state = jax.eval_shape(lambda data: train.init_state(config, data), data)
 

@@ -16,6 +16,7 @@ import dynamics
 import figures_dynamics
 import lopts
 import problems
+import settings
 import star
 import train
 from tasks import TASKS
@@ -338,7 +339,7 @@ def test_accumulator_rates_of_the_nominal_term():
 def test_gru_preset_has_the_papers_settings():
     """C.2: BPTT through 200 steps of 32 problems, Adam, l2 1e-5, clipped by value at 5,
     the rate times 0.8 every 500 of 5,000 meta-steps. One step of it, by hand."""
-    config = train.parse(["--preset", "gru"])
+    config = settings.parse(["--preset", "gru"])
     assert (config.estimator, config.sigma, config.particles) == (
         "truncated_bptt",
         0,

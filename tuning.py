@@ -32,7 +32,7 @@ from baselines import (
     lowest,
 )
 from inner import batching, compiler_options, inner_training
-from store import UserError, clock, run_command, write_atomically
+from store import Arguments, UserError, clock, run_command, write_atomically
 
 TUNED = pathlib.Path(__file__).resolve().parent / "tuned.json"
 SEARCH_SEED = 30_000  # apart from the seeds of training and of evaluation
@@ -224,7 +224,7 @@ def line(result: dict) -> str:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
