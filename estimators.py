@@ -223,8 +223,8 @@ def inverse_variance_mean(grads: dict[str, Any], floor: float = 1e-6):
     worse estimator may show the smaller spread. Of Gaussian samples the variance is that of
     the better one times up to 1.3 at N = 4 and 1.05 from N = 8, without bound at N = 2; the
     ES gradients of single pairs have heavy tails, and need N = 32 to 128 for 1.1 (figure
-    metz4). For the same reason `grad_noise` is biased low and, where the samples are skewed,
-    the merged mean toward zero (by 11 to 18 % at N = 8 there).
+    metz4). For the same reason `grad_noise` is biased low and, of skewed samples, the
+    merged mean toward zero (by 11 to 18 % at N = 8 there).
     """
     names = tuple(grads)
 
