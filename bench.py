@@ -1,12 +1,13 @@
 """Speed, in ratios measured in one run: python bench.py
 
 Meta-training throughput against the floor (the task's gradient and SGD, no optimizer to
-speak of) and Adam; one update against Adam's, by tensor size; compile time; memory.
-Prints tables and writes bench.json. All timings are the best of interleaved rounds.
+speak of) and Adam; one update against Adam's, by tensor size; how the time of a meta-step
+grows with what it is made of; compile time; memory. Prints tables and writes bench.json and
+bench.png. All timings are the best of interleaved rounds.
 """
 
 import argparse
-import json
+import math
 import os
 import pathlib
 import resource
@@ -15,12 +16,14 @@ import time
 from functools import partial
 
 import jax
+import matplotlib
+import numpy as np
 
 import estimators
 import star
 from baselines import BASELINES
 from inner import batching, compiler_options, inner_unroll
-from store import Arguments, UserError, run_command, write_atomically
+from store import Arguments, UserError, run_command, save_json, write_atomically
 from tasks import TASKS
 
 OPTIMIZERS = {
@@ -29,16 +32,24 @@ OPTIMIZERS = {
     "blackbox": star.PRESETS["blackbox"],
     "star": star.PRESETS["star_small_beta3"],
 }
-SHAPES = ((128,), (128, 10), (128, 128), (784, 128), (1024, 1024), (3, 3, 64, 64))
+SHAPES = ((128,), (128, 10), (128, 128), (784, 128), (3, 3, 64, 64), (1024, 1024))
+LARGE = ((3162, 3162), (10_000, 10_000))  # --large: 10 GB of memory
+# What a meta-step of PES is made of, and the exponent its time should grow with.
+GROWTH = {
+    "particles": ((1, 2, 4, 8, 16), 1),
+    "truncation": ((10, 20, 50, 100, 200), 1),
+    "horizon": ((200, 600, 2000, 6000, 20_000), 0),
+}
+QUICK = {"particles": ((1, 4), 1)}
 
 
-def window(optimizer, build, data, pairs: int, length: int):
+def window(optimizer, build, data, pairs: int, length: int, horizon=2000):
     """(compiled PES estimate, its arguments, seconds to compile): what a meta-step runs."""
     theta = optimizer.init_theta(jax.random.key(0))
 
     def make(data):
         problem = inner_unroll(partial(build, data), optimizer, length)
-        pair = estimators.pes(problem, windows=40, sigma=1e-4, batch=batching())
+        pair = estimators.pes(problem, max(1, horizon // length), 1e-4, batching())
         return estimators.population(pair, pairs, batching())
 
     def estimate(data, key, theta, state):
@@ -84,6 +95,38 @@ def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
     }
 
 
+def growth(build, data, rounds, grid=GROWTH) -> dict[str, dict]:
+    """Seconds of a STAR meta-step against particles, truncation K and horizon T, each from
+    4 pairs, K = 50, T = 2,000, with the slope of the log-log line through them; particles
+    and K are to cost in proportion, T nothing."""
+    usual, table = dict(particles=4, truncation=50, horizon=2000), {}
+    for name, (values, expected) in grid.items():
+        runs = []
+        for value in values:
+            at = usual | {name: value}
+            args = at["particles"], at["truncation"], at["horizon"]
+            runs.append(window(OPTIMIZERS["star"], build, data, *args))
+        best, states = [float("inf")] * len(runs), [state for _, _, state, _ in runs]
+        for t in range(rounds + 1):  # the first round warms up
+            for i, (compiled, theta, _, _) in enumerate(runs):
+                begin = time.perf_counter()
+                result = compiled(data, jax.random.key(t), theta, states[i])
+                jax.block_until_ready(result)
+                states[i] = result[1]
+                if t:
+                    best[i] = min(best[i], time.perf_counter() - begin)
+        slope = log_slope(values, best)
+        table[name] = dict(
+            values=values, seconds=best, slope=slope, slope_expected=expected
+        )
+    return table
+
+
+def log_slope(x, y) -> float:
+    """b of y = a x^b, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
 def update_times(shape, rounds, repeats=20) -> dict[str, float]:
     """Microseconds of one update of one tensor, inside a jitted loop of `repeats`."""
     compiled = {}
@@ -123,6 +166,35 @@ def peak_memory() -> dict[str, float]:
     return {"process_mb": process} | ({"device_mb": device / 1e6} if device else {})
 
 
+def plot(path, results: dict) -> None:
+    """Left, inner steps per second; middle, one update by size; right, growth."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    speed = results["meta_training"]
+    rates = [row["inner_steps_per_second"] for row in speed.values()]
+    axes[0].barh(list(speed), rates)
+    axes[0].set(xlabel="inner steps per second", title="meta-training")
+    updates = results["update_microseconds"]
+    sizes = [math.prod(map(int, shape.split("x"))) for shape in updates]
+    order = np.argsort(sizes)
+    for name in ("adam", "blackbox", "star"):
+        times = np.array([row[name] for row in updates.values()])
+        axes[1].loglog(np.array(sizes)[order], times[order], "o-", label=name)
+    axes[1].set(xlabel="elements", title="one update, microseconds")
+    axes[1].legend(fontsize=8)
+    for name, row in results["growth"].items():
+        x, y = (np.array(row[k], float) for k in ("values", "seconds"))
+        label = f"{name}: slope {row['slope']:.2f}"
+        axes[2].loglog(x / x[0], y / y[0], "o-", label=label)
+    axes[2].set(xlabel="times as many", title="times as long")
+    axes[2].legend(fontsize=8)
+    figure.suptitle(f"{results['arguments']['task']} on {results['device']}")
+    write_atomically(path, partial(figure.savefig, format="png", dpi=130))
+    plt.close(figure)
+
+
 def main(argv=None) -> int:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,6 +208,9 @@ def main(argv=None) -> int:
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--out", default="runs/bench", help="folder for bench.json")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument(
+        "--large", action="store_true", help="updates of 1e7 and 1e8 elements, too"
+    )
     args = parser.parse_args(argv)
     if args.particles < 1 or args.truncation < 1:
         raise UserError("--particles and --truncation must be at least 1")
@@ -143,7 +218,7 @@ def main(argv=None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     data, about = TASKS[args.task].load(args.data, args.data_dir)
     rounds = 2 if args.quick else 8
-    shapes = SHAPES[:3] if args.quick else SHAPES
+    shapes = SHAPES[:3] if args.quick else SHAPES + LARGE * args.large
 
     device = jax.devices()[0]
     print(f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}")
@@ -166,10 +241,27 @@ def main(argv=None) -> int:
     )
     updates = {}
     for shape in shapes:
-        row = update_times(shape, rounds)
+        few = shape in LARGE
+        row = update_times(shape, 2 if few else rounds, 2 if few else 20)
         updates["x".join(map(str, shape))] = row
         cells = " ".join(f"{row[name]:9.1f}" for name in ("adam", "blackbox", "star"))
         print(f"{str(shape):>18} {cells} {row['star'] / row['adam']:7.1f}")
+    sizes = [math.prod(shape) for shape in shapes]
+    # below 10,000 elements what an update costs is its number of operations, not their size
+    big = [i for i, size in enumerate(sizes) if size >= 10_000]
+    grown = growth(build, data, rounds // 2, QUICK if args.quick else GROWTH)
+    if len(big) > 1:
+        star_us = [row["star"] for row in updates.values()]
+        slope = log_slope([sizes[i] for i in big], [star_us[i] for i in big])
+        grown["parameters"] = dict(
+            values=[sizes[i] for i in big],
+            seconds=[1e-6 * star_us[i] for i in big],
+            slope=slope,
+            slope_expected=1,
+        )
+    print(f"\n{'time grows with':>16} {'to the power':>12} {'expected':>9}")
+    for name, row in grown.items():
+        print(f"{name:>16} {row['slope']:12.2f} {row['slope_expected']:9d}")
     results = {
         "device": device.device_kind,
         "jax": jax.__version__,
@@ -178,9 +270,11 @@ def main(argv=None) -> int:
         "meta_training": speed,
         "memory": memory,
         "update_microseconds": updates,
+        "growth": grown,
     }
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomically(folder / "bench.json", lambda f: f.write(text.encode()))
+    save_json(folder / "bench.json", results)
+    plot(folder / "bench.png", results)
+    print(f"results in {folder}")
     return 0
 
 
