@@ -293,14 +293,18 @@ def identity(task: str, request: Request) -> dict:
 def cost(task: str, request: Request) -> float:
     """Relative cost of the task, in seconds on some machine: for the time left.
 
-    An inner step: the model's work at 20 GFLOP/s; per parameter 6 ns for a learned
-    optimizer's update and 1 ns for another's; and some for compiling.
+    An inner step of the task itself takes what it took when Adam was tuned for it, else
+    the model's work at 20 GFLOP/s; a learned optimizer's update 8 ns more a parameter;
+    and compiling takes its time.
     """
     parameters, gflop = measure_task(TASKS[task])
-    runs = request.seeds * request.steps
+    step, tuned = gflop / 20, shipped(task, "adam", request.steps)
+    if tuned is not None:
+        step = tuned["seconds"] / (len(tuned["losses"]) * tuned["steps"])
     learned, other = len(request.thetas), len(request.baselines)
-    step = (learned + other) * gflop / 20 + parameters * (6e-9 * learned + 1e-9 * other)
-    return 10 * learned + 3 * other + runs * step
+    steps = request.seeds * request.steps * (learned + other)
+    updates = request.seeds * request.steps * learned * parameters
+    return 10 * learned + 3 * other + steps * step + updates * 8e-9
 
 
 # Files
