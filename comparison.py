@@ -83,7 +83,9 @@ def trained(path) -> Contestant:
     parts = (np.asarray(theta[name]).tobytes() for name in sorted(theta))
     digest = hashlib.sha256(b"".join(parts))
     settings = {"theta": stem, "sha256": digest.hexdigest()[:16]}
-    horizon = card.get("recipe", {}).get("horizon")
+    recipe = card.get("recipe")
+    horizon = recipe.get("horizon") if isinstance(recipe, dict) else None
+    horizon = horizon if isinstance(horizon, int) else None
     name = f"{card.get('optimizer', 'STAR')} ({stem})"
     return Contestant(name, optimizer, theta, settings, horizon)
 

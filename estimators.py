@@ -104,12 +104,12 @@ def several(problem: Unroll, windows, most: int) -> Unroll:
 
 
 def clip_loss(loss, limit):
-    """min(loss, limit), and limit for nan: a diverged run costs the limit, no more.
+    """min(loss, limit), and limit for nan and -inf: a diverged run costs the limit.
 
     Both runs of a pair that has diverged cost the same, so it adds nothing to the
     gradient until its trajectory ends; one that alone diverges is simply very bad.
     """
-    return jnp.where(jnp.isnan(loss), limit, jnp.minimum(loss, limit))
+    return jnp.where(loss > -jnp.inf, jnp.minimum(loss, limit), limit)
 
 
 def pes(problem: Unroll, windows: int, sigma: float, batch=jax.vmap) -> Estimator:
@@ -359,8 +359,7 @@ def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
         if gradient != "es":
             estimates["bptt"] = jax.tree.map(lambda g: g.mean(0), by_run)
         if gradient != "bptt":
-            loss_pos, loss_neg = losses.mean(1)
-            estimates["es"] = perturbed_difference(loss_pos, loss_neg, credit, sigma)
+            estimates["es"] = perturbed_difference(*losses, credit, sigma)
         if memory == "none":
             carry = jax.tree.map(lambda x: jnp.stack([x[0]] * len(signs)), carry)
         state = ParticleState(
@@ -376,8 +375,12 @@ def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
 
 
 def perturbed_difference(loss_pos, loss_neg, xi, sigma):
-    """xi (L(theta+xi) - L(theta-xi)) / (2 sigma^2), the antithetic estimate of one pair."""
-    scale = (loss_pos - loss_neg) / (2 * sigma**2)
+    """xi (L(theta+xi) - L(theta-xi)) / (2 sigma^2), the antithetic estimate of one pair.
+
+    The losses are () or (K,), L their mean. Their differences are averaged, since a fused
+    multiplication makes the difference of two equal means a rounding error, not 0.
+    """
+    scale = (loss_pos - loss_neg).mean() / (2 * sigma**2)
     return jax.tree.map(lambda x: x * scale, xi)
 
 

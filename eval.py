@@ -16,7 +16,7 @@ import figures
 import figures_star
 from baselines import BASELINES
 from inner import thinning
-from store import Arguments, UserError, run_command, save_json
+from store import Arguments, UserError, only_run_in, run_command, save_json
 from tasks import SUITES, TASKS
 
 
@@ -98,8 +98,8 @@ def parse(argv=None) -> argparse.Namespace:
         known = ", ".join((*SUITES, *TASKS))
         raise UserError(f"unknown task {args.task!r}: one of {known}")
     for name in ("steps", "seeds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
+            raise UserError(f"--{name} must be in 1 .. 2^31 - 1")
     if not args.figure:
         args.steps = args.steps or 2000
         thinning(args.steps)  # refused before anything is written
@@ -117,17 +117,18 @@ def main(argv=None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if args.figure:
-        return figures.draw(args, folder)
-    request = comparison.Request(
-        thetas=tuple(args.theta),
-        baselines=tuple(args.baselines),
-        seeds=args.seeds,
-        steps=args.steps,
-        source=args.data,
-        data_dir=args.data_dir,
-    )
-    return evaluate(args, request, folder)
+    with only_run_in(folder):
+        if args.figure:
+            return figures.draw(args, folder)
+        request = comparison.Request(
+            thetas=tuple(args.theta),
+            baselines=tuple(args.baselines),
+            seeds=args.seeds,
+            steps=args.steps,
+            source=args.data,
+            data_dir=args.data_dir,
+        )
+        return evaluate(args, request, folder)
 
 
 if __name__ == "__main__":

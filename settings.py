@@ -6,7 +6,8 @@ command line, `command_line` the command line from one.
 
 import argparse
 import dataclasses
-import math
+import re
+import shlex
 import typing
 
 import estimators
@@ -24,6 +25,7 @@ ESTIMATORS = {
     "merged": estimators.merged,
 }
 BACKWARD = ("truncated_bptt", "merged")
+LARGEST = 2.0**127  # half of what float32 has
 
 
 def arg(default, text, **metadata):
@@ -212,19 +214,19 @@ def check(config: Config) -> None:
         "log_every",
         "checkpoint_every",
     ):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 1 <= getattr(config, name) < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} must be in 1 .. 2^31 - 1")
     positive = ("meta_lr", "clip", "curriculum")
     if config.estimator != "truncated_bptt":
         positive += ("sigma",)
     for name in positive:
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(config, name) < LARGEST:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, in float32")
     if not 0 <= config.seed < 2**32:
         raise UserError("--seed must be in 0 .. 2^32 - 1")
     for name in ("sigma", "weight_decay", "l2", "warmup"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= getattr(config, name) < LARGEST:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, in float32")
     if not 0 < config.start_horizon <= 1:
         raise UserError("--start-horizon is a share of --horizon, above 0 and up to 1")
     if config.horizon % config.truncation:
@@ -241,6 +243,8 @@ def check(config: Config) -> None:
         )
     if config.beta3 is not None and config.optimizer in lopts.LEARNED:
         raise UserError(f"--beta3 is STAR's; {config.optimizer} has none")
+    if config.beta3 is not None and not abs(config.beta3) < LARGEST:
+        raise UserError("--beta3 must be finite in float32")
     if config.warmup >= config.steps:
         raise UserError("--warmup must be below --steps")
     if config.resume and config.init:
@@ -289,7 +293,7 @@ def check_devices(config: Config) -> None:
             "--distributed"
         )
     host, _, port = config.coordinator.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+    if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator {config.coordinator} is not HOST:PORT")
     if not 0 <= config.process_id < config.num_processes:
         raise UserError(
@@ -305,5 +309,7 @@ def command_line(config: Config) -> str:
         if field.name in NOT_RECIPE or value == field.default:
             continue
         flag = "--" + field.name.replace("_", "-")
-        words.append(flag if value is True else f"{flag} {value}")
+        word = shlex.quote(str(value))
+        between = "=" if word.startswith("-") else " "  # a lone -1e-6 looks like a flag
+        words.append(flag if value is True else f"{flag}{between}{word}")
     return " ".join(words)

@@ -301,7 +301,9 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     row2, col2 = row_factor**2, col_factor**2
 
     def mean_square(subscripts, x2, *factors2):
-        return jnp.einsum(subscripts, x2, *factors2, precision="highest") / g.size
+        return jnp.einsum(subscripts, x2, *factors2, precision="highest") / float(
+            g.size
+        )
 
     # One product for all timescales of g (z), one each for those of the momentum.
     all_g = f"{axes},z{row_axes},z{col_axes}->z"
@@ -467,16 +469,16 @@ def load_theta(path) -> tuple[Theta, Constants]:
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > 2**24:
+                raise ValueError("it would unpack to more than 16 MB")
             arrays = {name: file[name] for name in file.files if "/" not in name}
-        saved = json.loads(str(arrays.pop("card", "{}"))).get("constants", {})
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        constants = Constants(**tuples)
-        learned_optimizer(constants)
-        for name in set(Constants._fields) - {"nominal", "preconditioner"}:
-            if not np.isfinite(np.asarray(getattr(constants, name), float)).all():
-                raise ValueError(f"constant {name} is not finite")
+        card = json.loads(str(arrays.pop("card", "{}")))
+        constants = read_constants(card.get("constants", {}))
+        check_theta(arrays, constants)
+        for name, x in arrays.items():
+            if not np.issubdtype(x.dtype, np.floating):
+                raise ValueError(f"{name} is of {x.dtype}, not of floating point")
         theta = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
-        check_theta(theta, constants)
     except OSError:
         raise
     except Exception as error:
@@ -487,6 +489,27 @@ def load_theta(path) -> tuple[Theta, Constants]:
     return theta, constants
 
 
+def read_constants(saved: dict) -> Constants:
+    """Constants from a card's; ValueError or TypeError for those that cannot be."""
+    constants = Constants(**saved)
+    numbers = {}
+    for name, default in Constants()._asdict().items():
+        if isinstance(default, str):
+            continue
+        value = np.asarray(getattr(constants, name))
+        if value.dtype.kind not in "fi" or value.shape != np.shape(default):
+            raise ValueError(f"constant {name} is not {np.size(default)} number(s)")
+        if not np.isfinite(value).all():
+            raise ValueError(f"constant {name} is not finite")
+        if "decay" in name and not ((value >= 0) & (value < 1)).all():
+            raise ValueError(f"constant {name} is not in 0 .. 1")
+        value = value.astype(float).tolist()
+        numbers[name] = tuple(value) if isinstance(value, list) else value
+    constants = constants._replace(**numbers)
+    learned_optimizer(constants)
+    return constants
+
+
 def _side(x, w_value, w_inverse, c: Constants):
     """The features x (M, *S) and 1/sqrt(x + eps), in the first layer: (H, *S)."""
     flat = x.reshape(len(x), -1)
@@ -494,7 +517,7 @@ def _side(x, w_value, w_inverse, c: Constants):
     scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
     w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
     hidden = jnp.einsum("fh,fs->hs", w, flat, precision="highest")
-    return hidden.reshape(-1, *x.shape[1:])
+    return hidden.reshape(len(hidden), *x.shape[1:])
 
 
 def _square(x, c: Constants):
@@ -504,7 +527,8 @@ def _square(x, c: Constants):
 
 
 def _mean_product(x, y):
-    return jnp.vdot(x, y, precision="highest") / x.size
+    # as a float: the number of elements may be beyond int32
+    return jnp.vdot(x, y, precision="highest") / float(x.size)
 
 
 def _floored_rsqrt(x, c: Constants):

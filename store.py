@@ -1,7 +1,9 @@
 """Files of a run: trees as `.npz` arrays by path, written whole or not at all."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -14,6 +16,13 @@ import numpy as np
 import lopts
 import star
 from data import DataError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two runs in one folder are then not noticed
+    fcntl = None
+
+PLAUSIBLE = 2**24  # bytes that a small `.npz` may unpack to
 
 
 class UserError(Exception):
@@ -32,11 +41,14 @@ def run_command(program: str, main, argv=None) -> int:
     try:
         return main(argv)
     except (UserError, DataError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        reason = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(
-            f"{program}: {error.filename or 'file'}: {error.strerror}", file=sys.stderr
-        )
+        reason = f"{error.filename or 'file'}: {error.strerror or error}"
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and type(error) is not MemoryError:
+            raise
+        reason = "out of memory"
+    print(f"{program}: {' '.join(reason.splitlines())}", file=sys.stderr)
     return 2
 
 
@@ -73,6 +85,9 @@ def read_npz(path) -> dict[str, np.ndarray]:
     """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > max(PLAUSIBLE, 2 * os.path.getsize(path)):
+                raise ValueError(f"it would unpack to {size} bytes")
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -87,15 +102,50 @@ def write_atomically(path: pathlib.Path, write) -> None:
     Raises OSError, which names the file, and then leaves what was there before.
     """
     temporary = path.with_name(path.name + ".tmp")
+    with errors_name(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """An OSError within names the path: one of a full disk has no file's name."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """The folder is this run's while it lasts; UserError where another run has it.
+
+    The kernel's lock on the folder itself: it ends with the process, even by kill -9, and
+    leaves no file behind. It binds the runs of one machine.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another run is writing in {folder}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_json(path: pathlib.Path, value) -> None:
@@ -128,7 +178,8 @@ def load_theta(path) -> Trained:
         x = arrays.get(key)
         if x is None or x.shape != like.shape or x.dtype != like.dtype:
             raise UserError(
-                f"{path} holds no theta of {name}: {key} is not {like.shape}"
+                f"{path} holds no theta of {name}: {key} is not "
+                f"{like.dtype}{list(like.shape)}"
             )
         if not np.isfinite(x).all():
             raise UserError(f"{path} holds a theta that is not finite")
@@ -140,6 +191,14 @@ def read_card(path) -> dict:
     """The card inside a theta's `.npz`; {} where it has none."""
     try:
         card = json.loads(str(read_npz(path).get("card", "{}")))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of a card nested too deeply
         raise UserError(f"{path} has a card that is not JSON") from None
     return card if isinstance(card, dict) else {}
+
+
+def minutes_spent(path) -> float:
+    """On the theta of this file, by its card; UserError where that is no number."""
+    minutes = read_card(path).get("minutes", 0)
+    if not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise UserError(f"{path} has a card whose minutes are {str(minutes)[:20]!r}")
+    return float(minutes)

@@ -42,8 +42,11 @@ from settings import (
 from store import (
     UserError,
     clock,
+    errors_name,
     flatten,
     load_theta,
+    minutes_spent,
+    only_run_in,
     read_card,
     read_npz,
     run_command,
@@ -183,7 +186,10 @@ def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState,
         lambda: state.particles,
     )
     grad, particles, metrics = estimator.estimate(key, state.theta, particles)
-    updates, meta = meta_optimizer(config).update(grad, state.meta, state.theta)
+    # A nan (of a sigma whose square underflows, say) would stay in AdamW's means for good:
+    # what is not finite counts as 0. The metrics show it as it is.
+    finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grad)
+    updates, meta = meta_optimizer(config).update(finite, state.meta, state.theta)
     theta = optax.apply_updates(state.theta, updates)
     new = TrainState(step=state.step + 1, theta=theta, meta=meta, particles=particles)
     return new, metrics | {"grad_norm": optax.tree.norm(grad)}
@@ -224,9 +230,10 @@ def load_checkpoint(folder, config: Config, about: dict, template: TrainState):
     try:
         saved = dict(json.loads(str(arrays.pop("made_with"))))
         origin = {name: saved[name] for name in ("init", "fresh_meta")}
+        checksum = saved["checksum"]
     except (KeyError, ValueError, TypeError):
         raise UserError(f"{path} is not a checkpoint of train.py") from None
-    if saved["checksum"] != about["dataset_checksum"]:
+    if checksum != about["dataset_checksum"]:
         raise UserError(f"{path} was made on other data than {about['dataset']}")
     for name, value in dataclasses.asdict(config).items():
         if name in (*NOT_RECIPE, *origin):
@@ -291,6 +298,16 @@ def start_from(config: Config, data, state: TrainState) -> TrainState:
     return state._replace(**go_on, particles=particles)
 
 
+def check_finite(state: TrainState) -> None:
+    """UserError where theta or AdamW's means have overflowed; better not saved."""
+    leaves = jax.tree.leaves((state.theta, state.meta))
+    if not all(np.isfinite(x).all() for x in leaves):
+        raise UserError(
+            f"theta or its AdamW overflowed before meta-step {int(state.step)}; the "
+            "checkpoint is of earlier: begin anew with a lower --meta-lr or --clip"
+        )
+
+
 class Log:
     """log.csv, a row a meta-step, and what the progress line says of it.
 
@@ -343,7 +360,7 @@ class Log:
             row.append(self.seconds)
         self.rows += rows
         if self.path:
-            with open(self.path, "ab") as file:
+            with errors_name(self.path), open(self.path, "ab") as file:
                 file.write(self.text(rows))
         return each
 
@@ -428,7 +445,9 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
     low, high = np.percentile([*losses, *lines.values()], [0, 97])
     axes.set_ylim(0.97 * low, 1.05 * high)
     axes.legend()
-    figure.savefig(folder / "curve.png", dpi=150)
+    write_atomically(
+        folder / "curve.png", partial(figure.savefig, format="png", dpi=150)
+    )
     plt.close(figure)
 
 
@@ -507,18 +526,23 @@ def main(argv=None) -> int:
     if config.init:
         state = start_from(config, data, state)
         if int(state.step):
-            seconds = 60 * float(read_card(config.init).get("minutes", 0))
-    if config.resume:
-        config, state = load_checkpoint(folder, config, about, state)
+            seconds = 60 * minutes_spent(config.init)
+    if writes and not config.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    with only_run_in(folder) if writes else contextlib.nullcontext():
+        if config.resume:
+            config, state = load_checkpoint(folder, config, about, state)
+        return run(config, folder, about, data, state, seconds)
+
+
+def run(config, folder, about, data, state, seconds) -> int:
+    """Meta-training from this state on, `seconds` of which are spent: the exit code."""
+    mesh, writes = devices.mesh_of(config.devices), jax.process_index() == 0
     text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
-    try:
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
-        keep = int(state.step) if config.resume else 0
-        log = Log(folder / "log.csv" if writes else None, keep, seconds)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if writes:
+        write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+    keep = int(state.step) if config.resume else 0
+    log = Log(folder / "log.csv" if writes else None, keep, seconds)
     print(text, end="")
     begin = time.perf_counter()
     split = devices.place(state.particles, mesh, devices.SPLIT)
@@ -560,6 +584,7 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
     def save():
         flush()
         whole = devices.fetch(state)
+        check_finite(whole)
         if writes:
             save_checkpoint(folder, config, about, whole)
             save_theta(folder, make_card(config, about, int(whole.step), log), whole)
