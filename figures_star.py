@@ -123,7 +123,8 @@ def draw_tasks(figure, results: dict) -> None:
         named = [e._replace(name=comparison.general_name(e)) for e in entries]
         draw_entries(axes, named, f"{task}\n{about['dataset']}")
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    columns = min(3, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.supylabel("training loss (EMA 0.98)", fontsize=9)
 
 
