@@ -50,6 +50,7 @@ def theta(tmp_path):
 def ours(monkeypatch, tmp_path):
     """tuned.json holds one setting each of Adam and NAdamW for `quadratic`."""
     found = {"dataset_checksum": "", "budget": 2, "seed": 0, "loss": 1.0}
+    found |= {"losses": [1.0, 2.0], "seconds": 0.1}
     settings = {
         "adam": {"learning_rate": 0.03},
         "nadamw": {"learning_rate": 0.1, "constant": 0.5, "steps": 200.0},
