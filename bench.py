@@ -23,7 +23,7 @@ import estimators
 import star
 from baselines import BASELINES
 from inner import batching, compiler_options, inner_unroll
-from store import Arguments, UserError, run_command, save_json, write_atomically
+from store import Arguments, UserError, run_command, save_figure, save_json
 from tasks import TASKS
 
 OPTIMIZERS = {
@@ -68,11 +68,8 @@ def window(optimizer, build, data, pairs: int, length: int, horizon=2000):
     return compiled, theta, state, time.perf_counter() - begin
 
 
-def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
-    """Inner steps per second of one window of all particles, for each optimizer."""
-    runs = {
-        name: window(o, build, data, pairs, length) for name, o in OPTIMIZERS.items()
-    }
+def best_times(runs: dict, data, rounds: int) -> dict:
+    """Seconds of one call of each of {name: `window`}, the best of interleaved rounds."""
     states = {name: state for name, (_, _, state, _) in runs.items()}
     best = dict.fromkeys(runs, float("inf"))
     for t in range(rounds + 1):  # the first round warms up
@@ -83,6 +80,15 @@ def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
             states[name] = result[1]
             if t:
                 best[name] = min(best[name], time.perf_counter() - begin)
+    return best
+
+
+def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
+    """Inner steps per second of one window of all particles, for each optimizer."""
+    runs = {
+        name: window(o, build, data, pairs, length) for name, o in OPTIMIZERS.items()
+    }
+    best = best_times(runs, data, rounds)
     steps = 2 * pairs * length
     return {
         name: {
@@ -101,23 +107,15 @@ def growth(build, data, rounds, grid=GROWTH) -> dict[str, dict]:
     and K are to cost in proportion, T nothing."""
     usual, table = dict(particles=4, truncation=50, horizon=2000), {}
     for name, (values, expected) in grid.items():
-        runs = []
+        runs = {}
         for value in values:
             at = usual | {name: value}
             args = at["particles"], at["truncation"], at["horizon"]
-            runs.append(window(OPTIMIZERS["star"], build, data, *args))
-        best, states = [float("inf")] * len(runs), [state for _, _, state, _ in runs]
-        for t in range(rounds + 1):  # the first round warms up
-            for i, (compiled, theta, _, _) in enumerate(runs):
-                begin = time.perf_counter()
-                result = compiled(data, jax.random.key(t), theta, states[i])
-                jax.block_until_ready(result)
-                states[i] = result[1]
-                if t:
-                    best[i] = min(best[i], time.perf_counter() - begin)
-        slope = log_slope(values, best)
+            runs[value] = window(OPTIMIZERS["star"], build, data, *args)
+        seconds = list(best_times(runs, data, rounds).values())
+        slope = log_slope(values, seconds)
         table[name] = dict(
-            values=values, seconds=best, slope=slope, slope_expected=expected
+            values=values, seconds=seconds, slope=slope, slope_expected=expected
         )
     return table
 
@@ -191,7 +189,7 @@ def plot(path, results: dict) -> None:
     axes[2].set(xlabel="times as many", title="times as long")
     axes[2].legend(fontsize=8)
     figure.suptitle(f"{results['arguments']['task']} on {results['device']}")
-    write_atomically(path, partial(figure.savefig, format="png", dpi=130))
+    save_figure(path, figure, dpi=130)
     plt.close(figure)
 
 

@@ -6,7 +6,6 @@ NAME to (compute: args of the command line -> result, title, about; plot: result
 """
 
 import json
-from functools import partial
 
 import jax
 import matplotlib
@@ -22,7 +21,7 @@ import figures_truncation
 import star
 from baselines import with_beta3
 from inner import curves
-from store import write_atomically
+from store import save_figure, save_json
 from tasks import TASKS
 
 BETA3 = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0)
@@ -111,17 +110,12 @@ def draw(args, folder) -> int:
     compute, plot = FIGURES[name]
     result, title, about = compute(args)
     summary = _finite({k: v for k, v in result.items() if k != "curves"})
-    text = (
-        json.dumps({"title": title, "quick": quick, **about, **summary}, indent=1)
-        + "\n"
-    )
-    write_atomically(folder / f"{name}.json", lambda f: f.write(text.encode()))
+    report = {"title": title, "quick": quick, **about, **summary}
+    save_json(folder / f"{name}.json", report)
     figure = plot(result, plt)
     figure.suptitle(title)
-    write_atomically(
-        folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150)
-    )
+    save_figure(folder / f"{name}.png", figure, dpi=150)
     plt.close(figure)
-    print(text, end="")
+    print(json.dumps(report, indent=1))
     print(f"figure in {folder / f'{name}.png'}")
     return 0

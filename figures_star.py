@@ -16,7 +16,7 @@ import numpy as np
 
 import comparison
 from inner import curves, ema, thinning
-from store import UserError, load_theta, read_card, write_atomically
+from store import UserError, load_theta, read_card, save_figure
 from tasks import SUITES, TASKS
 
 SMOOTHING = 0.98  # per step, of all curves (appendix B.2)
@@ -102,7 +102,7 @@ def picture(path, **options):
 
     figure = plt.figure(layout="constrained", **options)
     yield figure
-    write_atomically(path, partial(figure.savefig, format="png", dpi=130))
+    save_figure(path, figure, dpi=130)
     plt.close(figure)
 
 

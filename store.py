@@ -154,6 +154,11 @@ def save_json(path: pathlib.Path, value) -> None:
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
+def save_figure(path: pathlib.Path, figure, dpi: int) -> None:
+    """A matplotlib figure as PNG, written as `write_atomically` does."""
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
+
+
 class Trained(NamedTuple):
     """What a theta's file holds."""
 

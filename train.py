@@ -50,6 +50,7 @@ from store import (
     read_card,
     read_npz,
     run_command,
+    save_figure,
     save_json,
     unflatten,
     write_atomically,
@@ -445,9 +446,7 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
     low, high = np.percentile([*losses, *lines.values()], [0, 97])
     axes.set_ylim(0.97 * low, 1.05 * high)
     axes.legend()
-    write_atomically(
-        folder / "curve.png", partial(figure.savefig, format="png", dpi=150)
-    )
+    save_figure(folder / "curve.png", figure, dpi=150)
     plt.close(figure)
 
 
