@@ -64,14 +64,12 @@ def inner_training(build, optimizer, objective="train") -> tuple[Callable, Calla
     return fresh, step
 
 
-def inner_unroll(
-    build, optimizer, length: int, objective="train", wrap=lambda step: step
-) -> estimators.Unroll:
+def inner_unroll(build, optimizer, length: int, objective="train") -> estimators.Unroll:
     """Windows of `length` inner steps of the training, their losses clipped at the task's
-    limit. wrap: applied to the step, such as `jax.checkpoint`."""
+    limit."""
     fresh, step = inner_training(build, optimizer, objective)
     limit = build(jax.random.key(0)).loss_limit
-    return estimators.unroll(fresh, wrap(step), length, limit)
+    return estimators.unroll(fresh, step, length, limit)
 
 
 def ema(values, decay: float) -> np.ndarray:

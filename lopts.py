@@ -81,18 +81,19 @@ def mlp(momentum=True, time=True) -> LearnedOptimizer:
 
     def update(theta, grads, state, params):
         time_features = jnp.tanh(state.step / timescales - 1)
-        # the same for every parameter: they are a bias
+        # the same for every parameter: they are a bias, the weight of a feature of ones
         bias = theta["b0"] + time_features @ theta["w0"][plain:]
+        w0 = jnp.concatenate([theta["w0"][:plain], bias[None]])  # (F + 1, H)
 
         def accumulate(g, m):
             decay = decays.reshape(-1, *[1] * g.ndim)
-            return decay * m + (1 - decay) * g[None]
+            return decay * m + jnp.tensordot(1 - decays, g, 0)
 
         def one(g, m, p):
             x = jnp.concatenate([g[None], p[None], m]).reshape(plain, -1)  # (F, size)
             x = x * jax.lax.rsqrt(NORMALIZER_EPS + (x * x).mean(1, keepdims=True))
-            hidden = jax.nn.relu(theta["w0"][:plain].T @ x + bias[:, None])  # (H, size)
-            magnitude, direction = theta["w1"].T @ hidden + theta["b1"][:, None]
+            x = jnp.concatenate([x, jnp.ones((1, x.shape[1]), x.dtype)])
+            magnitude, direction = _layers(w0, theta["w1"], x) + theta["b1"][:, None]
             step = STEP_SCALE * direction * jnp.exp(MAGNITUDE_SCALE * magnitude)
             return -step.reshape(p.shape)
 
@@ -101,6 +102,14 @@ def mlp(momentum=True, time=True) -> LearnedOptimizer:
         return updates, MLPState(momenta=momenta, step=state.step + 1)
 
     return LearnedOptimizer(init_theta, init, update)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _layers(w0, w1, x):
+    """w1' relu(w0' x), (2, size). Backpropagation keeps x, not the hidden units: they are
+    five times as much, and on a CPU sooner computed again than written and read. For its
+    sake, too, all sums over the parameters are products (biases, `tensordot`)."""
+    return w1.T @ jax.nn.relu(w0.T @ x)
 
 
 # --- Maheswaranathan et al. 2020, appendix B

@@ -24,7 +24,6 @@ ESTIMATORS = {
     "truncated_bptt": estimators.truncated_bptt,
     "merged": estimators.merged,
 }
-BACKWARD = ("truncated_bptt", "merged")
 LARGEST = 2.0**127  # half of what float32 has
 
 

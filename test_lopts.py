@@ -68,6 +68,28 @@ def test_mlp_counts(name, features):
     assert name != "mlp" or 32 * features + 32 + 66 == 610
 
 
+def test_backpropagation_keeps_features_not_hidden_units():
+    """What each of an unroll's updates leaves in memory is less than its hidden units."""
+    optimizer, size = lopts.mlp(), 5000
+
+    def bytes_of(steps):
+        def loss(theta, p):
+            def one(carry, _):
+                p, state = carry
+                update, state = optimizer.update(theta, jnp.sin(p), state, p)
+                return (p + update, state), None
+
+            (p, _), _ = jax.lax.scan(one, (p, optimizer.init(p)), None, length=steps)
+            return (p * p).mean()
+
+        theta = optimizer.init_theta(jax.random.key(0))
+        compiled = jax.jit(jax.grad(loss)).lower(theta, jnp.ones(size)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    features, hidden = 4 * size * (7 + 1), 4 * size * 32
+    assert features / 2 < (bytes_of(40) - bytes_of(20)) / 20 < hidden
+
+
 @given(scale=st.floats(1, 1e4))
 def test_mlp_is_blind_to_the_scale_of_gradients(scale):
     """Features are divided by their root mean square: ten thousand times the gradient,

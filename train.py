@@ -32,7 +32,6 @@ from baselines import BASELINES, rates, with_beta3
 from estimators import clip_loss
 from inner import batching, compiler_options, curves, ema, inner_unroll
 from settings import (
-    BACKWARD,
     ESTIMATORS,
     NOT_RECIPE,
     Config,
@@ -128,10 +127,7 @@ def build_pair(config: Config, data, step, key) -> estimators.Estimator:
     """Task x optimizer -> unroll -> one pair; the arguments as of `build_estimator`."""
     build = partial(TASKS[config.task].build, data)
     optimizer, _ = optimizer_of(config)
-    # Recomputed step by step backpropagation is a quarter faster; STAR, half as fast.
-    recompute = config.estimator in BACKWARD and config.optimizer in lopts.LEARNED
-    wrap = jax.checkpoint if recompute else lambda step: step
-    problem = inner_unroll(build, optimizer, config.truncation, config.objective, wrap)
+    problem = inner_unroll(build, optimizer, config.truncation, config.objective)
     if config.unroll is not None:
         most = math.ceil(config.unroll / config.truncation * (1 + config.jitter))
         windows = unroll_drawn(config, step, key, most)
