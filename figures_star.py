@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 
 import comparison
@@ -55,6 +56,9 @@ def limit_y(axes, lines, top=99.5):
             max(values.min() * 0.9, 1e-4), 1.1 * max(np.percentile(values, top), 1e-4)
         )
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high > 6 * low:  # a label at each of 2, 3, 4, ... would overlap
+        axes.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
     plain = "{x:g}"
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(plain)
