@@ -1,30 +1,37 @@
 """Speed, in ratios measured in one run: python bench.py
 
 Meta-training throughput against the floor (the task's gradient and SGD, no optimizer to
-speak of) and Adam; one update against Adam's, by tensor size; how the time of a meta-step
-grows with what it is made of; compile time; memory. Prints tables and writes bench.json and
-bench.png. All timings are the best of interleaved rounds.
+speak of) and Adam; one update against Adam's, by tensor size; each estimator against PES;
+how the time of a meta-step grows with what it is made of; compile time; memory; and, with
+--against, the authors' library. Prints tables and writes bench.json and bench.png. All
+timings are the best of interleaved rounds.
 """
 
 import argparse
+import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import resource
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import matplotlib
 import numpy as np
 
+import against
 import estimators
 import star
 from baselines import BASELINES
 from inner import batching, compiler_options, inner_unroll
+from settings import Config
 from store import Arguments, UserError, run_command, save_figure, save_json
 from tasks import TASKS
+from train import build_estimator, optimizer_of
 
 OPTIMIZERS = {
     "gradient only": BASELINES["sgd"],
@@ -34,6 +41,7 @@ OPTIMIZERS = {
 }
 SHAPES = ((128,), (128, 10), (128, 128), (784, 128), (3, 3, 64, 64), (1024, 1024))
 LARGE = ((3162, 3162), (10_000, 10_000))  # --large: 10 GB of memory
+ESTIMATORS = ("pes", "truncated_bptt", "merged")
 # What a meta-step of PES is made of, and the exponent its time should grow with.
 GROWTH = {
     "particles": ((1, 2, 4, 8, 16), 1),
@@ -44,40 +52,50 @@ QUICK = {"particles": ((1, 4), 1)}
 
 
 def window(optimizer, build, data, pairs: int, length: int, horizon=2000):
-    """(compiled PES estimate, its arguments, seconds to compile): what a meta-step runs."""
-    theta = optimizer.init_theta(jax.random.key(0))
+    """`compiled` PES, `pairs` windows of `length` inner steps: what a meta-step runs."""
 
     def make(data):
         problem = inner_unroll(partial(build, data), optimizer, length)
         pair = estimators.pes(problem, max(1, horizon // length), 1e-4, batching())
         return estimators.population(pair, pairs, batching())
 
+    return compiled(make, optimizer.init_theta(jax.random.key(0)), data)
+
+
+def compiled(make: Callable, theta, data) -> tuple[Callable, float]:
+    """(() -> the next estimate of make(data), an Estimator; seconds to compile it)."""
+    options, keys = compiler_options(), map(jax.random.key, itertools.count(2))
+
     def estimate(data, key, theta, state):
         return make(data).estimate(key, theta, state)
 
-    options = compiler_options()
-    state = jax.jit(lambda data, key: make(data).init(key, theta))(
-        data, jax.random.key(1)
-    )
+    def start(data, key):
+        return make(data).init(key, theta)
+
+    state = jax.jit(start)(data, jax.random.key(1))
     begin = time.perf_counter()
-    compiled = (
+    run = (
         jax.jit(estimate, donate_argnums=3, compiler_options=options)
         .lower(data, jax.random.key(2), theta, state)
         .compile()
     )
-    return compiled, theta, state, time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+
+    def following():
+        nonlocal state
+        grad, state, metrics = run(data, next(keys), theta, state)
+        return grad, state, metrics
+
+    return following, seconds
 
 
-def best_times(runs: dict, data, rounds: int) -> dict:
-    """Seconds of one call of each of {name: `window`}, the best of interleaved rounds."""
-    states = {name: state for name, (_, _, state, _) in runs.items()}
-    best = dict.fromkeys(runs, float("inf"))
-    for t in range(rounds + 1):  # the first round warms up
-        for name, (compiled, theta, _, _) in runs.items():
+def best_times(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Seconds of each call (), the best of interleaved rounds after one that warms up."""
+    best = dict.fromkeys(calls, float("inf"))
+    for t in range(rounds + 1):
+        for name, call in calls.items():
             begin = time.perf_counter()
-            result = compiled(data, jax.random.key(t), theta, states[name])
-            jax.block_until_ready(result)
-            states[name] = result[1]
+            jax.block_until_ready(call())
             if t:
                 best[name] = min(best[name], time.perf_counter() - begin)
     return best
@@ -88,31 +106,64 @@ def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
     runs = {
         name: window(o, build, data, pairs, length) for name, o in OPTIMIZERS.items()
     }
-    best = best_times(runs, data, rounds)
+    best = best_times({name: call for name, (call, _) in runs.items()}, rounds)
     steps = 2 * pairs * length
     return {
         name: {
             "inner_steps_per_second": steps / best[name],
             "of_gradient_only": best["gradient only"] / best[name],
             "of_adam": best["adam"] / best[name],
-            "compile_seconds": runs[name][3],
+            "compile_seconds": compile_seconds,
         }
-        for name in runs
+        for name, (_, compile_seconds) in runs.items()
     }
 
 
-def growth(build, data, rounds, grid=GROWTH) -> dict[str, dict]:
+def estimator_costs(config: Config, data, rounds) -> dict[str, dict]:
+    """Seconds of an estimate by each of ESTIMATORS, as train.py makes it with the same
+    pairs and windows, and the multiple of the first, PES."""
+    theta = optimizer_of(config)[0].init_theta(jax.random.key(0))
+    calls = {}
+    for name in ESTIMATORS:
+        make = partial(build_estimator, dataclasses.replace(config, estimator=name))
+        calls[name], _ = compiled(make, theta, data)
+    best = best_times(calls, rounds)
+    return {
+        name: {"seconds": seconds, "of_pes": seconds / best["pes"]}
+        for name, seconds in best.items()
+    }
+
+
+def compare(
+    folder, build, data, pairs, length, rounds, horizon=2000
+) -> dict[str, dict]:
+    """PES with the blackbox optimizer, here and by the library in `folder`, in one run:
+    inner steps per second, and how many times as many are done here."""
+    ours, _ = window(OPTIMIZERS["blackbox"], build, data, pairs, length, horizon)
+    task = build(data, jax.random.key(0))
+    theirs = against.estimates(folder, task, pairs, length, horizon)
+    best = best_times({"here": ours} | theirs, rounds)
+    return {
+        name: {
+            "inner_steps_per_second": 2 * pairs * length / seconds,
+            "times_here": seconds / best["here"],
+        }
+        for name, seconds in best.items()
+    }
+
+
+def growth(build, data, rounds, grid) -> dict[str, dict]:
     """Seconds of a STAR meta-step against particles, truncation K and horizon T, each from
     4 pairs, K = 50, T = 2,000, with the slope of the log-log line through them; particles
     and K are to cost in proportion, T nothing."""
     usual, table = dict(particles=4, truncation=50, horizon=2000), {}
     for name, (values, expected) in grid.items():
-        runs = {}
+        calls = {}
         for value in values:
             at = usual | {name: value}
             args = at["particles"], at["truncation"], at["horizon"]
-            runs[value] = window(OPTIMIZERS["star"], build, data, *args)
-        seconds = list(best_times(runs, data, rounds).values())
+            calls[value], _ = window(OPTIMIZERS["star"], build, data, *args)
+        seconds = list(best_times(calls, rounds).values())
         slope = log_slope(values, seconds)
         table[name] = dict(
             values=values, seconds=seconds, slope=slope, slope_expected=expected
@@ -127,7 +178,7 @@ def log_slope(x, y) -> float:
 
 def update_times(shape, rounds, repeats=20) -> dict[str, float]:
     """Microseconds of one update of one tensor, inside a jitted loop of `repeats`."""
-    compiled = {}
+    calls = {}
     for name in ("adam", "blackbox", "star"):
         optimizer = OPTIMIZERS[name]
         theta = optimizer.init_theta(jax.random.key(0))
@@ -143,16 +194,29 @@ def update_times(shape, rounds, repeats=20) -> dict[str, float]:
             return jax.lax.fori_loop(0, repeats, one, (p, state))
 
         args = (theta, p, optimizer.init(p))
-        fn = jax.jit(loop, compiler_options=compiler_options()).lower(*args).compile()
-        jax.block_until_ready(fn(*args))
-        compiled[name] = fn, args
-    best = dict.fromkeys(compiled, float("inf"))
-    for _ in range(rounds):
-        for name, (fn, args) in compiled.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(fn(*args))
-            best[name] = min(best[name], (time.perf_counter() - begin) / repeats)
-    return {name: seconds * 1e6 for name, seconds in best.items()}
+        run = jax.jit(loop, compiler_options=compiler_options()).lower(*args).compile()
+        calls[name] = partial(run, *args)
+    return {
+        name: seconds / repeats * 1e6
+        for name, seconds in best_times(calls, rounds).items()
+    }
+
+
+def update_growth(updates: dict) -> dict[str, dict]:
+    """The entry of `growth` for parameters; below 10,000 elements what an update costs is
+    its number of operations, not their size. Empty for fewer than two larger sizes."""
+    times = {elements(shape): row["star"] for shape, row in updates.items()}
+    times = {size: us for size, us in sorted(times.items()) if size >= 10_000}
+    if len(times) < 2:
+        return {}
+    seconds = [1e-6 * us for us in times.values()]
+    slope = log_slope(list(times), seconds)
+    row = dict(values=list(times), seconds=seconds, slope=slope, slope_expected=1)
+    return {"parameters": row}
+
+
+def elements(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
 
 
 def peak_memory() -> dict[str, float]:
@@ -162,6 +226,18 @@ def peak_memory() -> dict[str, float]:
     stats = jax.devices()[0].memory_stats() or {}
     device = stats.get("peak_bytes_in_use")
     return {"process_mb": process} | ({"device_mb": device / 1e6} if device else {})
+
+
+def table(heading: str, rows: dict[str, dict], **columns: str) -> None:
+    """Prints the rows under a heading; columns: key of a row -> its format."""
+    wide = max(len(heading), *map(len, rows))
+    print(
+        f"\n{heading:>{wide}} "
+        + " ".join(f"{c.replace('_', ' '):>16}" for c in columns)
+    )
+    for name, row in rows.items():
+        cells = " ".join(f"{row[c]:16{form}}" for c, form in columns.items())
+        print(f"{name:>{wide}} {cells}")
 
 
 def plot(path, results: dict) -> None:
@@ -175,7 +251,7 @@ def plot(path, results: dict) -> None:
     axes[0].barh(list(speed), rates)
     axes[0].set(xlabel="inner steps per second", title="meta-training")
     updates = results["update_microseconds"]
-    sizes = [math.prod(map(int, shape.split("x"))) for shape in updates]
+    sizes = [elements(shape) for shape in updates]
     order = np.argsort(sizes)
     for name in ("adam", "blackbox", "star"):
         times = np.array([row[name] for row in updates.values()])
@@ -191,6 +267,45 @@ def plot(path, results: dict) -> None:
     figure.suptitle(f"{results['arguments']['task']} on {results['device']}")
     save_figure(path, figure, dpi=130)
     plt.close(figure)
+
+
+def measure(args, data) -> dict[str, dict]:
+    """All that main prints and writes; prints each table when it is there."""
+    rounds = 2 if args.quick else 8
+    pairs, length = args.particles, args.truncation
+    build = TASKS[args.task].build
+    results = {"meta_training": throughput(build, data, pairs, length, rounds)}
+    rates = dict(of_gradient_only=".2f", of_adam=".2f", compile_seconds=".1f")
+    speed = dict(inner_steps_per_second=".0f")
+    table("meta-training", results["meta_training"], **speed, **rates)
+    results["memory"] = peak_memory()
+    print(
+        "peak memory: "
+        + ", ".join(f"{k} {v:.0f}" for k, v in results["memory"].items())
+    )
+
+    config = Config(task=args.task, optimizer="mlp", particles=pairs, truncation=length)
+    results["estimators"] = estimator_costs(config, data, rounds)
+    table("estimate, of mlp", results["estimators"], seconds=".3f", of_pes=".2f")
+
+    updates = results["update_microseconds"] = {}
+    for shape in SHAPES[:3] if args.quick else SHAPES + LARGE * args.large:
+        few = shape in LARGE
+        row = update_times(shape, 2 if few else rounds, 2 if few else 20)
+        updates["x".join(map(str, shape))] = row | {
+            "star_of_adam": row["star"] / row["adam"]
+        }
+    times = dict.fromkeys(("adam", "blackbox", "star", "star_of_adam"), ".1f")
+    table("one update, us", updates, **times)
+
+    grid = QUICK if args.quick else GROWTH
+    results["growth"] = growth(build, data, rounds // 2, grid) | update_growth(updates)
+    table("time grows with", results["growth"], slope=".2f", slope_expected="d")
+    if args.against:
+        rows = compare(args.against, build, data, pairs, length, rounds)
+        results["against"] = rows
+        table("blackbox, PES", rows, **speed, times_here=".1f")
+    return results
 
 
 def main(argv=None) -> int:
@@ -209,67 +324,24 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--large", action="store_true", help="updates of 1e7 and 1e8 elements, too"
     )
+    parser.add_argument(
+        "--against",
+        metavar="FOLDER",
+        help="of google/learned_optimization: see against.py",
+    )
     args = parser.parse_args(argv)
-    if args.particles < 1 or args.truncation < 1:
-        raise UserError("--particles and --truncation must be at least 1")
+    if args.particles < 2 or args.truncation < 1:
+        raise UserError("--particles must be at least 2 and --truncation at least 1")
+    if args.against:
+        against.check(args.against)
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     data, about = TASKS[args.task].load(args.data, args.data_dir)
-    rounds = 2 if args.quick else 8
-    shapes = SHAPES[:3] if args.quick else SHAPES + LARGE * args.large
-
     device = jax.devices()[0]
     print(f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"{args.task}, {args.particles} pairs, K = {args.truncation}")
-    build = TASKS[args.task].build
-    speed = throughput(build, data, args.particles, args.truncation, rounds)
-    memory = peak_memory()
-    print(
-        f"{'':>14} {'inner steps/s':>14} {'of floor':>9} {'of Adam':>8} {'compile s':>10}"
-    )
-    for name, row in speed.items():
-        print(
-            f"{name:>14} {row['inner_steps_per_second']:14.0f} "
-            f"{row['of_gradient_only']:9.2f} {row['of_adam']:8.2f} "
-            f"{row['compile_seconds']:10.1f}"
-        )
-    print("peak memory: " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()))
-    print(
-        f"\n{'one update, us':>18} {'adam':>9} {'blackbox':>9} {'star':>9} {'ratio':>7}"
-    )
-    updates = {}
-    for shape in shapes:
-        few = shape in LARGE
-        row = update_times(shape, 2 if few else rounds, 2 if few else 20)
-        updates["x".join(map(str, shape))] = row
-        cells = " ".join(f"{row[name]:9.1f}" for name in ("adam", "blackbox", "star"))
-        print(f"{str(shape):>18} {cells} {row['star'] / row['adam']:7.1f}")
-    sizes = [math.prod(shape) for shape in shapes]
-    # below 10,000 elements what an update costs is its number of operations, not their size
-    big = [i for i, size in enumerate(sizes) if size >= 10_000]
-    grown = growth(build, data, rounds // 2, QUICK if args.quick else GROWTH)
-    if len(big) > 1:
-        star_us = [row["star"] for row in updates.values()]
-        slope = log_slope([sizes[i] for i in big], [star_us[i] for i in big])
-        grown["parameters"] = dict(
-            values=[sizes[i] for i in big],
-            seconds=[1e-6 * star_us[i] for i in big],
-            slope=slope,
-            slope_expected=1,
-        )
-    print(f"\n{'time grows with':>16} {'to the power':>12} {'expected':>9}")
-    for name, row in grown.items():
-        print(f"{name:>16} {row['slope']:12.2f} {row['slope_expected']:9d}")
-    results = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "arguments": vars(args),
-        **about,
-        "meta_training": speed,
-        "memory": memory,
-        "update_microseconds": updates,
-        "growth": grown,
-    }
+    machine = {"device": device.device_kind, "jax": jax.__version__}
+    results = machine | {"arguments": vars(args)} | about | measure(args, data)
     save_json(folder / "bench.json", results)
     plot(folder / "bench.png", results)
     print(f"results in {folder}")
