@@ -308,7 +308,7 @@ def measure(args, data) -> dict[str, dict]:
     return results
 
 
-def main(argv=None) -> int:
+def parse(argv=None) -> argparse.Namespace:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -332,6 +332,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.particles < 2 or args.truncation < 1:
         raise UserError("--particles must be at least 2 and --truncation at least 1")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     if args.against:
         against.check(args.against)
     folder = pathlib.Path(args.out)

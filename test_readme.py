@@ -1,0 +1,131 @@
+"""What the README says is there is there: commands, files, functions, tests, links."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bench
+import eval as evaluation
+import nqm
+import settings
+import sweep
+import tasks
+import tuning
+
+ROOT = pathlib.Path(__file__).parent
+README = (ROOT / "README.md").read_text()
+MODULES = {path.stem for path in ROOT.glob("*.py")}
+
+
+def parse_sweep(argv):
+    args, rest = sweep.parse(argv)
+    for name in args.only:
+        settings.parse(["--task", args.task, *rest, *sweep.VARIANTS[name]])
+
+
+# What each program makes of its arguments, without the work; nqm and tasks have none.
+PARSERS = {
+    "train": settings.parse,
+    "eval": evaluation.parse,
+    "sweep": parse_sweep,
+    "tuning": tuning.parse,
+    "bench": bench.parse,
+    "nqm": nqm.main,
+    "tasks": tasks.main,
+}
+
+
+def commands() -> list[str]:
+    """Every `python ...` of the README, once, inline or in a block, newlines undone."""
+    inline = re.findall(r"`(python [^`]+)`", README)
+    block = re.findall(r"^(python [^\n|]+)$", README, re.MULTILINE)
+    found = [" ".join(command.split()) for command in inline + block]
+    return [command for command in dict.fromkeys(found) if "..." not in command]
+
+
+def test_the_two_commands_of_the_start_are_found():
+    assert "python train.py --task fmnist" in commands()
+    assert len(commands()) > 25
+    assert "pip install -r requirements.txt" in README
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_is_one_the_program_takes(command):
+    _, program, *argv = shlex.split(command)
+    assert PARSERS[program.removesuffix(".py")](argv) != 2
+
+
+def test_every_module_is_in_the_table_and_every_name_in_it_is_a_module():
+    table = README[README.index("| file | one purpose |") :]
+    cells = [row.split("|")[1] for row in table[: table.index("\n\n")].splitlines()[2:]]
+    named = re.findall(r"`([\w*]+)\.py`", " ".join(cells))
+    listed = {
+        module
+        for name in named
+        for module in MODULES
+        if re.fullmatch(name.replace("*", r"\w+"), module)
+    }
+    assert all(name.endswith("*") or name in MODULES for name in named)
+    absent = {m for m in MODULES - listed if not m.startswith("test_")} - {"conftest"}
+    assert not absent
+
+
+def rows_of_the_map():
+    table = README[README.index("| paper | function | test |") :]
+    return [
+        row.split("|")[1:4] for row in table[: table.index("\n\n")].splitlines()[2:]
+    ]
+
+
+def test_every_function_of_the_map_exists():
+    """`module.name`; what is named alone belongs to a module named before it in the row,
+    or to star.py, whose rows name its functions alone."""
+    checked = 0
+    for _, functions, _ in rows_of_the_map():
+        modules = []
+        for name in re.findall(r"`([a-zA-Z_][\w.]*)", functions):
+            module, _, attribute = name.partition(".")
+            if attribute and module in MODULES:
+                modules.append(importlib.import_module(module))
+            else:
+                attribute = name
+            owners = [*modules, importlib.import_module("star")]
+            assert any(hasattr(owner, attribute) for owner in owners), name
+            checked += 1
+    assert checked > 50
+
+
+def test_every_test_the_readme_names_exists():
+    source = "\n".join(path.read_text() for path in ROOT.glob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)(?:\.py|\[\w+\])?`", README))
+    assert len(names) > 50
+    missing = {
+        name for name in names if f"def {name}(" not in source and name not in MODULES
+    }
+    assert not missing
+
+
+def test_every_link_and_path_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    for path in re.findall(r"`((?:weights|images)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_optax_example_runs_as_it_stands(monkeypatch):
+    """The block is executed with a small network of the reader's."""
+    start = README.index("import jax, optax, star")
+    example = README[start : README.index("```", start)]
+    monkeypatch.chdir(ROOT)
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    names = {"params": params, "loss": lambda p: sum((x**2).sum() for x in p.values())}
+    exec(example, names)
+    assert names["loss"](names["params"]) < names["loss"](params)
+    assert jax.tree.structure(names["params"]) == jax.tree.structure(params)
