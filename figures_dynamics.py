@@ -306,6 +306,7 @@ def plot_9(result: dict, plt):
             )  # fmt: skip
         axis.set_title(f"{TITLES[result['task'][i]]}, {result['tests'][i]} problems")
         axis.set(yscale="log", xlim=(-0.5, len(names) - 0.5))
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_ylim((mean - low).min() / 1.5, (mean + error).max() * 1.8)
     axes[0].set_ylabel("mean loss over 200 steps")
     return figure
