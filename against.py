@@ -26,8 +26,9 @@ import numpy as np
 from store import UserError
 
 BATCHES = 64  # drawn beforehand and gone round: its input costs nothing
-UNUSED = (
-    "flax.training.checkpoints",  # itself looks for tensorflow: before that is stood in for
+# Imported where they are there, else stood in for; flax, which looks for tensorflow, first.
+OPTIONAL = (
+    "flax.training.checkpoints",
     "tensorflow",
     "tensorflow.compat",
     "tensorflow.compat.v2",
@@ -75,7 +76,7 @@ def import_release(folder) -> dict:
     """{short name: module} of the release in `folder`; UserError where it won't import."""
     sys.path.insert(0, str(folder))
     restore_names()
-    for name in UNUSED:
+    for name in OPTIONAL:
         try:
             importlib.import_module(name)
         except ImportError:

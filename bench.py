@@ -8,7 +8,6 @@ timings are the best of interleaved rounds.
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import os
@@ -41,7 +40,7 @@ OPTIMIZERS = {
 }
 SHAPES = ((128,), (128, 10), (128, 128), (784, 128), (3, 3, 64, 64), (1024, 1024))
 LARGE = ((3162, 3162), (10_000, 10_000))  # --large: 10 GB of memory
-ESTIMATORS = ("pes", "truncated_bptt", "merged")
+TIMED = ("pes", "truncated_bptt", "merged")  # estimators
 # What a meta-step of PES is made of, and the exponent its time should grow with.
 GROWTH = {
     "particles": ((1, 2, 4, 8, 16), 1),
@@ -119,14 +118,16 @@ def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
     }
 
 
-def estimator_costs(config: Config, data, rounds) -> dict[str, dict]:
-    """Seconds of an estimate by each of ESTIMATORS, as train.py makes it with the same
-    pairs and windows, and the multiple of the first, PES."""
-    theta = optimizer_of(config)[0].init_theta(jax.random.key(0))
+def estimator_costs(task: str, data, pairs, length, rounds) -> dict[str, dict]:
+    """Seconds of an estimate by each of TIMED, as train.py makes it for Metz's optimizer
+    with the same pairs and windows, and the multiple of the first, PES."""
+    horizon = max(Config.horizon, length)
+    shape = dict(particles=pairs, truncation=length, horizon=horizon)
     calls = {}
-    for name in ESTIMATORS:
-        make = partial(build_estimator, dataclasses.replace(config, estimator=name))
-        calls[name], _ = compiled(make, theta, data)
+    for name in TIMED:
+        config = Config(task=task, optimizer="mlp", estimator=name, **shape)
+        theta = optimizer_of(config)[0].init_theta(jax.random.key(0))
+        calls[name], _ = compiled(partial(build_estimator, config), theta, data)
     best = best_times(calls, rounds)
     return {
         name: {"seconds": seconds, "of_pes": seconds / best["pes"]}
@@ -284,9 +285,9 @@ def measure(args, data) -> dict[str, dict]:
         + ", ".join(f"{k} {v:.0f}" for k, v in results["memory"].items())
     )
 
-    config = Config(task=args.task, optimizer="mlp", particles=pairs, truncation=length)
-    results["estimators"] = estimator_costs(config, data, rounds)
-    table("estimate, of mlp", results["estimators"], seconds=".3f", of_pes=".2f")
+    costs = estimator_costs(args.task, data, pairs, length, rounds)
+    results["estimators"] = costs
+    table("estimate, of mlp", costs, seconds=".3f", of_pes=".2f")
 
     updates = results["update_microseconds"] = {}
     for shape in SHAPES[:3] if args.quick else SHAPES + LARGE * args.large:

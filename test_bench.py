@@ -8,6 +8,7 @@ import pytest
 import against
 import bench
 import store
+import tasks
 
 
 def run(line: str) -> int:
@@ -46,6 +47,14 @@ def test_rounds_are_interleaved_and_the_first_is_not_timed(monkeypatch):
     best = bench.best_times({"a": call("a"), "b": call("b")}, 2)
     assert best == {"a": 2.0, "b": 5.0}
     assert order == ["a", "b"] * 3
+
+
+def test_estimators_are_timed_with_windows_longer_than_the_horizon():
+    data, _ = tasks.TASKS["quadratic"].load()
+    costs = bench.estimator_costs("quadratic", data, 2, 2500, 1)
+    assert list(costs) == list(bench.TIMED)
+    assert costs["pes"]["of_pes"] == 1
+    assert all(row["seconds"] > 0 for row in costs.values())
 
 
 @pytest.mark.parametrize(
