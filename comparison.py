@@ -236,26 +236,32 @@ def summary(table: list[dict]) -> list[dict]:
 def on_task(task: str, request: Request, folder: pathlib.Path, log=say, resume=True):
     """(entries, about the data): every optimizer of the request on the task.
 
-    folder: where `save` puts the results. resume: what lies there from the same request is
-    read instead of run again.
+    folder: where `save` puts the results, after each optimizer; the next call with the same
+    request and data goes on from there. resume: a finished one is read, not run again.
     """
     arguments = identity(task, request)
-    if resume and (found := saved(folder, arguments)) is not None:
+    total = len(request.thetas) + len(request.baselines)
+    entries, before = saved(folder, arguments) or ([], None)
+    if resume and len(entries) == total:
         log(f"{task}: done before, in {folder}")
-        return found
+        return entries, before
     spec = TASKS[task]
     data, about = spec.load(request.source, request.data_dir)
-    contestants = [trained(path) for path in request.thetas]
-    contestants += [
-        baseline(task, name, request.steps, data, about) for name in request.baselines
-    ]
-    entries = []
-    for contestant in contestants:
+    if len(entries) == total or before != about:
+        entries = []
+    if entries:
+        log(f"  {len(entries)} of {total} done before, in {folder}")
+    for i in range(len(entries), total):
+        if i < len(request.thetas):
+            contestant = trained(request.thetas[i])
+        else:
+            name = request.baselines[i - len(request.thetas)]
+            contestant = baseline(task, name, request.steps, data, about)
         report = progress(contestant.name, request.steps, request.seeds, log)
         entry = run(contestant, spec.build, data, request.seeds, request.steps, report)
         entries.append(entry)
         log(f"  {entry.name}: {entry.curves.seconds:.1f} s")
-    save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
+        save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
     return entries, about
 
 

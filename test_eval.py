@@ -186,6 +186,31 @@ def test_a_suite_is_drawn_and_resumes(ours, theta, tmp_path, monkeypatch):
     assert len(ran) == 2 and ran[0] == "sgd (sgd_rate)"  # those of rosenbrock
 
 
+def test_what_an_interrupted_task_had_done_is_kept(ours, theta, tmp_path, monkeypatch):
+    """Stopped in the second of three optimizers, it goes on there; done, it starts anew."""
+    line = "--task quadratic --steps 30 --seeds 2 --baselines adam,nadamw --theta"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert evaluate(line, whole, theta) == 0
+    ran, run = [], comparison.run
+
+    def stop(contestant, *args):
+        ran.append(contestant.name)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return run(contestant, *args)
+
+    monkeypatch.setattr(comparison, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main([*line.split(), str(theta), "--out", str(stopped)])
+    kept = json.loads((stopped / "results.json").read_text())
+    assert [line["name"] for line in kept["rows"]] == ran[:1] == ["sgd (sgd_rate)"]
+    assert evaluate(line, stopped, theta) == 0
+    assert ran[2:] == ["adam 0.03", "nadamw"]
+    assert (stopped / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+    assert evaluate(line, stopped, theta) == 0
+    assert len(ran) == 4 + 3
+
+
 def test_summary_leaves_out_what_diverged():
     """Geometric means over the tasks where a ratio is known; diverged tasks counted."""
 
