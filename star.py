@@ -260,12 +260,12 @@ def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -
     m2 = [_square(x, c) for x in m]
     inverse_v2 = 1 / (s.rms + c.rms_eps)
     adafactor = (factored if g.ndim > 1 else unfactored)(w0, g, m2, s, c)
-    (w_g,) = weights(GRAD, [jnp.mean(_square(g, c))])  # (H,)
-    (w_p,) = weights(PARAM, [_mean_product(p, p)])
-    (w_rms,) = weights(RMS, [_mean_product(s.rms, s.rms)])
-    (w_inverse_v,) = weights(INVERSE_V, [jnp.mean(inverse_v2)])
-    w_m = weights(MOMENTUM, [jnp.mean(x) for x in m2])  # (M, H)
-    w_m_over_v = weights(MOMENTUM_OVER_V, [_mean_product(x, inverse_v2) for x in m2])
+    (w_g,) = weights(GRAD, [_mean(_square(g, c))])  # (H,)
+    (w_p,) = weights(PARAM, [_mean_square(p)])
+    (w_rms,) = weights(RMS, [_mean_square(s.rms)])
+    (w_inverse_v,) = weights(INVERSE_V, [_mean(inverse_v2)])
+    w_m = weights(MOMENTUM, [_mean(x) for x in m2])  # (M, H)
+    w_m_over_v = weights(MOMENTUM_OVER_V, [_mean(x * inverse_v2) for x in m2])
     w_factored_g = weights(FACTORED_GRAD, adafactor.grad_mean_squares)
     w_factored_m = weights(FACTORED_MOMENTUM, adafactor.momentum_mean_squares)
 
@@ -301,9 +301,7 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     row2, col2 = row_factor**2, col_factor**2
 
     def mean_square(subscripts, x2, *factors2):
-        return jnp.einsum(subscripts, x2, *factors2, precision="highest") / float(
-            g.size
-        )
+        return jnp.einsum(subscripts, x2, *factors2, precision="highest") / _count(g)
 
     # One product for all timescales of g (z), one each for those of the momentum.
     all_g = f"{axes},z{row_axes},z{col_axes}->z"
@@ -311,10 +309,10 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
 
     row = jnp.expand_dims(_side(s.row, w0[ROW], w0[INVERSE_ROW], c), largest + 1)
     col = jnp.expand_dims(_side(s.col, w0[COL], w0[INVERSE_COL], c), second + 1)
-    factors = list(
-        jnp.expand_dims(row_factor, largest + 1)
-        * jnp.expand_dims(col_factor, second + 1)
-    )
+    factors = [
+        jnp.expand_dims(row_factor[k], largest) * jnp.expand_dims(col_factor[k], second)
+        for k in range(3)
+    ]
     return Adafactor(
         grad_factors=factors,
         momentum_factors=factors,
@@ -335,9 +333,9 @@ def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     return Adafactor(
         grad_factors=grad_factors,
         momentum_factors=momentum_factors,
-        grad_mean_squares=[jnp.mean((g * f) ** 2) for f in grad_factors],
+        grad_mean_squares=[_mean((g * f) ** 2) for f in grad_factors],
         momentum_mean_squares=[
-            jnp.mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
+            _mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
         ],
         hidden=[row, col],
     )
@@ -526,9 +524,20 @@ def _square(x, c: Constants):
     return x * x + c.square_floor
 
 
-def _mean_product(x, y):
-    # as a float: the number of elements may be beyond int32
-    return jnp.vdot(x, y, precision="highest") / float(x.size)
+def _mean(x):
+    if not x.ndim:
+        return x
+    # A product with ones: XLA's sums take several times as long on a CPU.
+    sums = jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
+    return jnp.sum(sums) / _count(x)
+
+
+def _mean_square(x):
+    return jnp.vdot(x, x, precision="highest") / _count(x)
+
+
+def _count(x):
+    return float(x.size)  # may be beyond int32
 
 
 def _floored_rsqrt(x, c: Constants):
