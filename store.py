@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import sys
+import zipfile
 from typing import NamedTuple
 
 import jax
@@ -84,11 +85,15 @@ def unflatten(template, arrays, where: str):
 def read_npz(path) -> dict[str, np.ndarray]:
     """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            size = sum(member.file_size for member in file.zip.infolist())
-            if size > max(PLAUSIBLE, 2 * os.path.getsize(path)):
-                raise ValueError(f"it would unpack to {size} bytes")
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):
+                raise ValueError("it is not one, or was cut off")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                size = sum(member.file_size for member in file.zip.infolist())
+                if size > max(PLAUSIBLE, 2 * os.path.getsize(path)):
+                    raise ValueError(f"it would unpack to {size} bytes")
+                return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:

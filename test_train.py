@@ -212,90 +212,91 @@ def files(finished, tmp_path_factory):
     return folder
 
 
-BAD_TRAIN = [
-    ("--task", "imagenet"),
-    ("--optimizer", "lion"),
-    ("--unknown-flag", "1"),
-    ("--steps", "many"),
-    ("--steps", "0"),
-    ("--particles", "-1"),
-    ("--truncation", "30", "--horizon", "2000"),
-    ("--truncation", "0"),
-    ("--start-horizon", "7"),
-    ("--start-horizon", "0"),
-    ("--sigma", "0"),
-    ("--sigma", "nan"),
-    ("--meta-lr", "-1"),
-    ("--average", "1"),
-    ("--estimator", "truncated_es", "--unroll", "7"),
-    ("--estimator", "truncated_es", "--unroll", "2000"),
-    ("--estimator", "truncated_es", "--unroll", "10", "--start-unroll", "20"),
-    ("--jitter", "0.2"),
-    ("--estimator", "truncated_es", "--unroll", "10", "--jitter", "1.5"),
-    ("--meta-beta1", "1"),
-    ("--objective", "test"),
-    ("--optimizer", "mlp", "--beta3", "1e-5"),
-    ("--estimator", "merged", "--particles", "3"),
-    ("--estimator", "pes", "--unroll", "10"),
-    ("--start-unroll", "5"),
-    ("--sigma", "inf"),
-    ("--estimator", "truncated_bptt", "--sigma", "-1"),
-    ("--l2", "-1"),
-    ("--optimizer", "sgd", "--init", "{finished}/theta.npz"),
-    ("--init", "{files}/mlp.npz"),
-    ("--warmup", "12"),
-    ("--seed", "-1"),
-    ("--seed", "9999999999999999999"),
-    ("--init", "{files}/absent.npz"),
-    ("--init", "{files}/text.npz"),
-    ("--init", "{files}/truncated.npz"),
-    ("--init", "{files}/foreign.npz"),
-    ("--init", "{files}/blackbox.npz"),
-    ("--init", "{finished}/theta.npz"),
-    ("--init", "{finished}/theta.npz", "--resume"),
-    ("--resume", "--out", "{files}/nothing-here"),
-    ("--resume", "--out", "{files}/checkpoint-text"),
-    ("--resume", "--out", "{files}/checkpoint-foreign"),
-    ("--resume", "--out", "{files}/checkpoint-truncated"),
-    ("--resume", "--out", "{finished}", "--sigma", "0.5"),
-    ("--resume", "--out", "{finished}", "--particles", "3"),
-    ("--out", "{finished}"),
-    ("--out", "{files}/file"),
-    ("--task", "fmnist", "--data", "real", "--data-dir", "{files}/absent"),
-]
-BAD_EVAL = [
-    ("--task", "imagenet"),
-    ("--baselines", "adam,lion"),
-    ("--theta", "{files}/absent.npz"),
-    ("--theta", "{files}/text.npz"),
-    ("--theta", "{files}/foreign.npz"),
-    ("--theta", "{files}/lion.npz"),
-    ("--theta", "{files}/mlp-short.npz"),
-    ("--theta", "{files}/mlp-nan.npz"),
-    ("--steps", "0"),
-    ("--seeds", "0"),
-    ("--figure", "99"),
-    ("--out", "{files}/file"),
-]
+# Program and what it is given -> what its line says.
+BAD_INPUT = """
+train.py --task imagenet -> argument --task: invalid choice: 'imagenet'
+train.py --optimizer lion -> argument --optimizer: invalid choice: 'lion'
+train.py --unknown-flag 1 -> unrecognized arguments: --unknown-flag 1
+train.py --steps many -> argument --steps: invalid int value: 'many'
+train.py --steps 0 -> --steps must be in 1 .. 2^31 - 1
+train.py --particles -1 -> --particles must be in 1 .. 2^31 - 1
+train.py --truncation 30 --horizon 2000 -> --truncation 30 does not divide --horizon 2000
+train.py --truncation 0 -> --truncation must be in 1 .. 2^31 - 1
+train.py --start-horizon 7 -> --start-horizon is a share of --horizon, above 0 and up to 1
+train.py --start-horizon 0 -> --start-horizon is a share of --horizon, above 0 and up to 1
+train.py --sigma 0 -> --sigma must be above 0, in float32
+train.py --sigma nan -> --sigma must be above 0, in float32
+train.py --meta-lr -1 -> --meta-lr must be above 0, in float32
+train.py --average 1 -> unrecognized arguments: --average 1
+train.py --estimator truncated_es --unroll 7 -> --unroll 7 is not whole windows of 5
+train.py --estimator truncated_es --unroll 2000 -> --unroll 2000 is longer than --horizon
+train.py --estimator truncated_es --unroll 10 --start-unroll 20 -> --start-unroll 20 is
+train.py --jitter 0.2 -> --jitter is about --unroll, which is not given
+train.py --estimator truncated_es --unroll 10 --jitter 1.5 -> --jitter must be in 0 .. 1
+train.py --meta-beta1 1 -> --meta-beta1 must be in 0 .. 1
+train.py --objective test -> argument --objective: invalid choice: 'test'
+train.py --optimizer mlp --beta3 1e-5 -> --beta3 is STAR's; mlp has none
+train.py --estimator merged --particles 3 -> --estimator merged needs 4 --particles or more
+train.py --estimator pes --unroll 10 -> does not go with pes, which joins windows itself
+train.py --start-unroll 5 -> --start-unroll is about --unroll, which is not given
+train.py --sigma inf -> --sigma must be above 0, in float32
+train.py --estimator truncated_bptt --sigma -1 -> --sigma must be 0 or more, in float32
+train.py --l2 -1 -> --l2 must be 0 or more, in float32
+train.py --optimizer sgd --init {finished}/theta.npz -> is for STAR, this run for sgd
+train.py --init {files}/mlp.npz -> is for mlp, this run for star_small_beta3
+train.py --warmup 12 -> --warmup must be below --steps
+train.py --seed -1 -> --seed must be in 0 .. 2^32 - 1
+train.py --seed 9999999999999999999 -> --seed must be in 0 .. 2^32 - 1
+train.py --init {files}/absent.npz -> absent.npz does not exist
+train.py --init {files}/text.npz -> text.npz cannot be read as a .npz file: it is not one
+train.py --init {files}/truncated.npz -> truncated.npz cannot be read as a .npz file: it is
+train.py --init {files}/foreign.npz -> foreign.npz holds no theta of STAR
+train.py --init {files}/blackbox.npz -> blackbox.npz is for beta3 = 0.001, this run has
+train.py --init {finished}/theta.npz -> has 12 meta-steps behind it and --steps is 12
+train.py --init {finished}/theta.npz --resume -> --resume goes on from the folder's
+train.py --resume --out {files}/nothing-here -> nothing-here: No such file or directory
+train.py --resume --out {files}/checkpoint-text -> checkpoint.npz cannot be read as a .npz
+train.py --resume --out {files}/checkpoint-foreign -> checkpoint.npz is not a checkpoint of
+train.py --resume --out {files}/checkpoint-truncated -> checkpoint.npz cannot be read as a
+train.py --resume --out {finished} --sigma 0.5 -> checkpoint.npz was made with --sigma
+train.py --resume --out {finished} --particles 3 -> checkpoint.npz was made with
+train.py --out {finished} -> holds a run already: --resume it, or choose another --out
+train.py --out {files}/file -> file: File exists
+train.py --task fmnist --data real --data-dir {files}/absent -> absent is not a folder
+eval.py --task imagenet -> unknown task 'imagenet'
+eval.py --baselines adam,lion -> unknown baseline 'lion'
+eval.py --theta {files}/absent.npz -> absent.npz does not exist
+eval.py --theta {files}/text.npz -> text.npz cannot be read as a .npz file: it is not one
+eval.py --theta {files}/foreign.npz -> foreign.npz holds no theta of STAR
+eval.py --theta {files}/lion.npz -> lion.npz holds no theta of STAR: nominal 'lion' is none
+eval.py --theta {files}/mlp-short.npz -> mlp-short.npz holds no theta of mlp: w0 is not
+eval.py --theta {files}/mlp-nan.npz -> mlp-nan.npz holds a theta that is not finite
+eval.py --steps 0 -> --steps must be in 1 .. 2^31 - 1
+eval.py --seeds 0 -> --seeds must be in 1 .. 2^31 - 1
+eval.py --figure 99 -> argument --figure: invalid choice: '99'
+eval.py --out {files}/file -> cannot write to {files}/file: File exists
+"""
 
 
 @pytest.mark.parametrize(
-    "program, argv",
-    [(train, a) for a in BAD_TRAIN] + [(evaluation, a) for a in BAD_EVAL],
-    ids=lambda x: " ".join(x) if isinstance(x, tuple) else x.__name__,
+    ("line", "says"), [line.split(" -> ") for line in BAD_INPUT.strip().splitlines()]
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    program, argv, finished, files, tmp_path, capsys
+    line, says, finished, files, tmp_path, capsys
 ):
-    """No traceback, and what was already written stays as it was."""
+    """It names what is wrong, no traceback, and what was already written stays."""
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    argv = [a.format(files=files, finished=finished) for a in argv]
-    base = TINY if program is train else ["--task", "quadratic"]
+    says, line = (x.format(files=files, finished=finished) for x in (says, line))
+    name, *argv = line.split()
+    program, base = {
+        "train.py": (train, TINY),
+        "eval.py": (evaluation, ["--task", "quadratic"]),
+    }[name]
     if "--out" not in argv:
         argv += ["--out", str(tmp_path / "run")]
     assert command(*base, *argv, program=program) == 2
     error = capsys.readouterr().err.strip()
-    assert error and len(error.splitlines()) == 1
+    assert says in error and len(error.splitlines()) == 1
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 

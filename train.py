@@ -267,7 +267,7 @@ def start_from(config: Config, data, state: TrainState) -> TrainState:
     if theirs is None or ours is None:
         name = read_card(path)["optimizer"] if theirs is None else "STAR"
         if (theirs, name) != (ours, config.optimizer):
-            raise UserError(f"{path} is a {name}, this run is of {config.optimizer}")
+            raise UserError(f"{path} is for {name}, this run for {config.optimizer}")
     else:
         for name, value in theirs._asdict().items():
             if value != getattr(ours, name):
