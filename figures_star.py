@@ -170,7 +170,7 @@ def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
                 f"{args.runs}: runs differ in {name}: {sorted(map(str, found))}"
             )
     task = cards[0].get("task")
-    if task not in TASKS or "recipe" not in cards[0]:
+    if task not in TASKS or not all("init" in card.get("recipe", {}) for card in cards):
         raise UserError(f"{args.runs} has thetas that train.py did not write")
     data, about = TASKS[task].load(args.data, args.data_dir)
     steps = args.steps or steps
@@ -185,9 +185,15 @@ def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
         inner[name] = run(thetas, keys, steps, every=every, report=report).losses[:, 0]
         meta[name] = [read_log(path / "log.csv") for path in paths]
         summary[name] = summarize(meta[name], inner[name], every, cards[0])
+    begun = {
+        name
+        for name, paths in runs.items()
+        if any(read_card(path / "theta.npz")["recipe"]["init"] for path in paths)
+    }
     result = {
         "task": task,
         "steps": steps,
+        "labels": {k: LABELS[k] + ", begun trained" * (k in begun) for k in runs},
         "variants": summary,
         "curves": {"meta": meta, "inner": inner, "every": every, "card": cards[0]},
     }
@@ -233,10 +239,10 @@ def plot_runs(result: dict, plt, individual=False):
         for axes, x, lines in panels:
             shown[axes].append(lines)
             if not individual:
-                draw_band(axes, x, lines, LABELS[name], COLORS[name])
+                draw_band(axes, x, lines, result["labels"][name], COLORS[name])
                 continue
             for i, line in enumerate(lines):
-                label = LABELS[name] if i == 0 else None
+                label = result["labels"][name] if i == 0 else None
                 axes.plot(x, line, color=COLORS[name], lw=0.9, label=label)
     counts = sorted({len(lines) for lines in drawn["inner"].values()})
     seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))

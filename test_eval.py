@@ -303,6 +303,25 @@ def test_runs_of_a_sweep_are_summed_up(swept):
     np.testing.assert_allclose(losses[1], plain, rtol=1e-4)
 
 
+def test_runs_that_began_trained_are_labelled(swept, tmp_path):
+    """A budget on top of another one is no equal comparison: the figure says so."""
+    theta, _, _ = store.load_theta(swept / "hyperparam-seed0" / "theta.npz")
+    card = store.read_card(swept / "hyperparam-seed0" / "theta.npz")
+    args = argparse.Namespace(
+        runs=str(tmp_path), steps=20, data="auto", data_dir=None, quick=False
+    )
+    labels = []
+    for init in (None, "theta.npz"):
+        folder = tmp_path / "hyperparam-seed0"
+        folder.mkdir(exist_ok=True)
+        card["recipe"] |= {"init": init}
+        star.save_theta(folder / "theta.npz", theta, card)
+        (folder / "log.csv").write_text("step,meta_loss\n1,1\n2,1\n")
+        result, _ = figures_star.compute_runs(args, ("hyperparam",), 100)
+        labels.append(result["labels"]["hyperparam"])
+    assert labels == ["hyperparam", "hyperparam, begun trained"]
+
+
 def test_shipped_runs_draw_the_same_figure(swept, tmp_path):
     """Thetas and cards as they were; the log's rows are means of ten meta-steps."""
     assert sweep.main([*QUICK, "--out", str(swept), "--ship", str(tmp_path)]) == 0
