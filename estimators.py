@@ -54,7 +54,7 @@ class ParticleState(NamedTuple):
     carry: Any  # stacked: (2, ...) = (at theta + xi, at theta - xi), or (1, ...)
     xi: Any  # like theta: the perturbation, for as long as it is reused
     xi_sum: Any  # like theta: earlier perturbations that the next losses answer to
-    window: jax.Array  # () int32, windows done in this trajectory
+    window: jax.Array  # () int32, windows done in this trajectory, or left out of it
 
 
 def unroll(fresh: Callable, step: Callable, length: int, loss_limit=None) -> Unroll:
@@ -112,34 +112,45 @@ def clip_loss(loss, limit):
     return jnp.where(loss > -jnp.inf, jnp.minimum(loss, limit), limit)
 
 
-def pes(problem: Unroll, windows: int, sigma: float, batch=jax.vmap) -> Estimator:
+def pes(
+    problem: Unroll, windows: int, sigma: float, batch=jax.vmap, shortest=None
+) -> Estimator:
     """Persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021).
 
     Every window draws a new xi; its losses are credited to the sum of all perturbations
     of the trajectory so far. Unbiased for the smoothed loss of the whole trajectory:
         E over windows of  sum(xi) (L(theta+xi) - L(theta-xi)) / (2 sigma^2)
     with L the mean loss of the window. Variance grows with the number of windows.
+
+    shortest, here and below: windows of the shortest trajectory; may be traced. Each then
+    has a length of its own, log-uniform up to `windows`: n with P(n) ~ log((n + 1) / n).
+    The gradient is that of the mean loss over the steps of them all, in which the early
+    ones, which every trajectory has, weigh more. None: all are of `windows`.
     """
-    return _antithetic(problem, windows, sigma, batch, memory="sum")
+    return _antithetic(problem, windows, sigma, batch, shortest, memory="sum")
 
 
-def noise_reuse_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
+def noise_reuse_es(
+    problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None
+) -> Estimator:
     """One xi for a whole trajectory (Li, Harrison et al. 2023; Vicol 2023, ES-Single).
 
     Unbiased like PES; its variance does not grow with the windows where the windows'
     gradients agree, and is larger than that of PES where they do not.
     """
-    return _antithetic(problem, windows, sigma, batch, memory="one")
+    return _antithetic(problem, windows, sigma, batch, shortest, memory="one")
 
 
-def truncated_es(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
+def truncated_es(
+    problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None
+) -> Estimator:
     """ES within each window: both runs of a pair start it from the same carry.
 
     Biased for windows > 1: the losses of a window are not credited to what theta did to
     the carry before. With windows = 1 it is ES over the whole trajectory, unbiased, and
     then equal to PES.
     """
-    return _antithetic(problem, windows, sigma, batch)
+    return _antithetic(problem, windows, sigma, batch, shortest)
 
 
 def es(problem: Unroll, windows: int, sigma, batch=jax.vmap) -> Estimator:
@@ -151,7 +162,9 @@ def es(problem: Unroll, windows: int, sigma, batch=jax.vmap) -> Estimator:
     return truncated_es(several(problem, windows, windows), windows, sigma, batch)
 
 
-def truncated_bptt(problem: Unroll, windows, sigma=0.0, batch=jax.vmap) -> Estimator:
+def truncated_bptt(
+    problem: Unroll, windows, sigma=0.0, batch=jax.vmap, shortest=None
+) -> Estimator:
     """Backpropagation through each window, from a carry taken as given.
 
     With sigma > 0 the reparameterisation gradient of Metz et al. 2019, section 3:
@@ -161,7 +174,7 @@ def truncated_bptt(problem: Unroll, windows, sigma=0.0, batch=jax.vmap) -> Estim
     run. Its variance is the gradient's own, over data and xi: it grows like the product
     of the unroll's Jacobians, with no bound where they expand (section 2.3).
     """
-    return _antithetic(problem, windows, sigma, batch, gradient="bptt")
+    return _antithetic(problem, windows, sigma, batch, shortest, gradient="bptt")
 
 
 def bptt(problem: Unroll, windows: int, sigma=0.0, batch=jax.vmap) -> Estimator:
@@ -169,14 +182,14 @@ def bptt(problem: Unroll, windows: int, sigma=0.0, batch=jax.vmap) -> Estimator:
     return truncated_bptt(several(problem, windows, windows), windows, sigma, batch)
 
 
-def merged(problem: Unroll, windows, sigma, batch=jax.vmap) -> Estimator:
+def merged(problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None) -> Estimator:
     """Metz et al. 2019, Algorithm 1: both gradients of the same pairs.
 
     Estimates {"bptt": ..., "es": ...}: give `population` the `inverse_variance_mean` for
     its combine. The runs of a pair start from one carry, and the positive one's goes on.
     Use `several` for its growing unrolls.
     """
-    return _antithetic(problem, windows, sigma, batch, gradient="both")
+    return _antithetic(problem, windows, sigma, batch, shortest, gradient="both")
 
 
 def mean_of_particles(grads) -> tuple[Any, dict]:
@@ -304,7 +317,9 @@ def only_one(f: Callable) -> Callable:
     return run
 
 
-def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
+def _antithetic(
+    problem, windows, sigma, batch, shortest=None, memory="none", gradient="es"
+):
     """What all estimators are: a pair of runs at theta +- xi, window after window.
 
     memory of earlier perturbations: their "sum", the "one" there is, or "none" (then the
@@ -321,8 +336,15 @@ def _antithetic(problem, windows, sigma, batch, memory="none", gradient="es"):
             carry=jax.tree.map(lambda x: jnp.stack([x] * len(signs)), fresh),
             xi=_normal_like(xi_key, theta, sigma),
             xi_sum=jax.tree.map(jnp.zeros_like, theta),
-            window=jnp.zeros((), jnp.int32),
+            window=left_out(key),
         )
+
+    def left_out(key):  # a shorter trajectory begins as if its first windows were over
+        if shortest is None:
+            return jnp.zeros((), jnp.int32)
+        uniform = jax.random.uniform(jax.random.fold_in(key, 2))
+        length = shortest * ((windows + 1) / shortest) ** uniform
+        return windows - jnp.clip(length.astype(jnp.int32), shortest, windows)
 
     def init(key, theta, phase=0.0):
         # i/N * windows may round to just below a whole number in float32.

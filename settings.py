@@ -87,7 +87,14 @@ class Config:
     l2: float = arg(0.0, "adds this times |theta|^2 to the meta-loss")
     clip: float = arg(1.0, "limit of the meta-gradient")
     clip_by: str = arg("value", "what the limit applies to", choices=("value", "norm"))
-    start_horizon: float = arg(0.1, "T at the start, as a share of --horizon")
+    horizons: str = arg(
+        "doubling",
+        "T doubles up to --horizon over --curriculum, or is drawn for each trajectory",
+        choices=("doubling", "log-uniform"),
+    )
+    start_horizon: float = arg(
+        0.1, "T at the start, or of the shortest trajectory, as a share of --horizon"
+    )
     curriculum: float = arg(0.5, "share of the meta-steps over which T grows")
     seed: int = arg(0, "of everything random")
     data: str = arg(

@@ -91,6 +91,37 @@ def test_each_window_is_unbiased_before_the_end(seed, theta):
         assert_mean(samples, 3 * j + 2)  # mean of t = 3 j + 1, 3 j + 2, 3 j + 3
 
 
+@pytest.mark.parametrize("make", [estimators.pes, estimators.noise_reuse_es])
+def test_lengths_are_log_uniform_and_every_window_unbiased(make):
+    """shortest = 2 of 8 windows: n of them with P(n) ~ log((n + 1) / n), and the j-th of a
+    trajectory, of any length, has the mean gradient of its own two losses."""
+    shortest, windows, theta = 2, 8, jnp.float32(1.0)
+    pair = make(line(2), windows, SIGMA, shortest=jnp.int32(shortest))
+    init = jax.vmap(pair.init, in_axes=(0, None))
+    init_keys, *keys = jax.random.split(jax.random.key(0), (40, PAIRS))
+    state = init(init_keys, theta)
+    estimate = jax.jit(jax.vmap(pair.estimate, in_axes=(0, None, 0)))
+    before, age = np.asarray(state.window), np.zeros(PAIRS, int)
+    lengths, grads = [], [[] for _ in range(windows)]
+    for k in keys:
+        grad, state, _ = estimate(k, theta, state)
+        begun, window = before >= windows, np.asarray(state.window)
+        age = np.where(begun, 0, age + (window > 1))
+        lengths.append(windows + 1 - window[begun])
+        for j in range(windows):
+            grads[j].append(np.asarray(grad)[age == j])
+        before = window
+    lengths = np.concatenate(lengths)
+    assert lengths.min() == shortest and lengths.max() == windows
+    n = np.arange(shortest, windows + 1)
+    share = np.log((n + 1) / n) / np.log((windows + 1) / shortest)
+    counts = np.bincount(lengths)[shortest:]
+    error = np.sqrt(len(lengths) * share * (1 - share))
+    assert (np.abs(counts - len(lengths) * share) < 5 * error).all()
+    for j, samples in enumerate(grads):
+        assert_mean(np.concatenate(samples), 2 * j + 1.5)
+
+
 @given(seed=seeds, theta=thetas)
 def test_truncated_es_is_biased_by_the_predicted_amount(seed, theta):
     """It reports (K + 1) / 2 in every window: blind to what theta did to s before."""

@@ -404,6 +404,21 @@ def test_meta_step_compiles_once_with_a_curriculum():
     assert done[3] == [1, 2] and done[6] == [1, 3]  # from 0, 1 of 2 and from 0, 2 of 4
 
 
+def test_log_uniform_horizons_are_drawn_by_each_particle():
+    """From --start-horizon to --horizon from the first meta-step on: 1 to 4 windows."""
+    flags = ["--horizons", "log-uniform", "--start-horizon", "0.25"]
+    config = settings.parse([*TINY, *flags])
+    state = train.init_state(config, {})
+    step = jax.jit(lambda s: train.meta_step(config, {}, jax.random.key(0), s)[0])
+    before, lengths = np.asarray(state.particles.window), []
+    for _ in range(40):
+        state = step(state)
+        window = np.asarray(state.particles.window)
+        lengths += (5 - window[before == 4]).tolist()
+        before = window
+    assert set(lengths) == {1, 2, 3, 4} and lengths.count(1) > lengths.count(4)
+
+
 # Metz et al. 2019: other optimizers, longer unrolls, other objectives.
 
 

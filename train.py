@@ -93,10 +93,16 @@ def meta_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(*penalty, clip(config.clip), adamw)
 
 
+def shortest_windows(config: Config) -> int:
+    """Windows in the first trajectories, or in the shortest."""
+    return max(1, round(config.start_horizon * (config.horizon // config.truncation)))
+
+
 def windows_at(config: Config, step):
     """Windows in a trajectory at this meta-step: doubles in equal stages up to T / K."""
-    full = config.horizon // config.truncation
-    start = max(1, round(config.start_horizon * full))
+    full, start = config.horizon // config.truncation, shortest_windows(config)
+    if config.horizons == "log-uniform":
+        return jnp.full_like(step, full, jnp.int32)
     stages = math.ceil(math.log2(full / start))
     stage = jnp.floor(step * stages / max(1.0, config.curriculum * config.steps))
     return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), full).astype(jnp.int32)
@@ -133,8 +139,11 @@ def build_pair(config: Config, data, step, key) -> estimators.Estimator:
         windows = unroll_drawn(config, step, key, most)
         problem = estimators.several(problem, windows, most)
     batch = jax.vmap if config.side_by_side else batching()
-    windows = windows_at(config, step)
-    return ESTIMATORS[config.estimator](problem, windows, config.sigma, batch)
+    windows, shortest = windows_at(config, step), None
+    if config.horizons == "log-uniform":
+        shortest = shortest_windows(config)
+    estimator = ESTIMATORS[config.estimator]
+    return estimator(problem, windows, config.sigma, batch, shortest)
 
 
 def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
