@@ -1,4 +1,4 @@
-"""What the README says is there is there: commands, files, functions, tests, links."""
+"""What README.md and recipes.md name is there: commands, files, functions, tests, links."""
 
 import importlib
 import pathlib
@@ -18,7 +18,7 @@ import tasks
 import tuning
 
 ROOT = pathlib.Path(__file__).parent
-README = (ROOT / "README.md").read_text()
+README = "\n".join((ROOT / name).read_text() for name in ("README.md", "recipes.md"))
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
 
@@ -41,7 +41,7 @@ PARSERS = {
 
 
 def commands() -> list[str]:
-    """Every `python ...` of the README, once, inline or in a block, newlines undone."""
+    """Every `python ...` of both, once, inline or in a block, newlines undone."""
     inline = re.findall(r"`(python [^`]+)`", README)
     block = re.findall(r"^(python [^\n|]+)$", README, re.MULTILINE)
     found = [" ".join(command.split()) for command in inline + block]
