@@ -3,7 +3,8 @@
 STAR at four weight decays, blackbox, hyperparam, no preconditioner, no nominal term, all
 with the same recipe and budget, seed after seed. Each run is a folder of train.py's,
 OUT/VARIANT-seedN; finished ones are skipped and others resumed. Flags that are not listed
-here go to train.py, the same for every run: python sweep.py --steps 1000 --particles 8
+here go to train.py, the same for every run: python sweep.py --steps 1000 --preset best
+(the preset is noise_reuse unless given).
 
 `--ship FOLDER` leaves there what eval.py's figures need of finished runs, a few KB each.
 """
@@ -58,7 +59,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"unknown variant {name!r}: one of {', '.join(VARIANTS)}")
     if args.seeds < 1:
         raise UserError("--seeds must be at least 1")
-    return args, ["--estimator", "noise_reuse", *rest]
+    return args, ["--preset", "noise_reuse", *rest]
 
 
 def finished(folder) -> bool:

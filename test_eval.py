@@ -16,6 +16,7 @@ import eval as evaluation
 import figures_star
 import inner
 import lopts
+import settings
 import star
 import store
 import sweep
@@ -280,6 +281,18 @@ def test_a_sweep_skips_what_is_finished_and_resumes(swept, capsys):
     after, _, _ = store.load_theta(path)
     assert store.read_card(path)["fresh_loss"] == fresh
     assert after == theta
+
+
+def test_a_sweep_takes_a_preset():
+    """Noise reuse unless --preset says otherwise; `best` adds horizons and clipping."""
+    for flags, horizons, clip_by in (
+        ([], "doubling", "value"),
+        (["--preset", "best"], "log-uniform", "norm"),
+    ):
+        _, rest = sweep.parse(flags)
+        config = settings.parse([*rest, *sweep.VARIANTS["star_wd0.5"]])
+        assert config.estimator == "noise_reuse" and config.weight_decay == 0.5
+        assert (config.horizons, config.clip_by) == (horizons, clip_by)
 
 
 def test_runs_of_a_sweep_are_summed_up(swept):
