@@ -43,9 +43,12 @@ class Config:
         "what is meta-trained",
         choices=(*star.CONSTANTS, *lopts.LEARNED),
     )
-    beta3: float | None = arg(
-        None, "scale of the blackbox term, if not the optimizer's own"
+    beta1: float | None = arg(
+        None, "scale of the nominal term, if not the optimizer's own; so the others"
     )
+    beta2: float | None = arg(None, "scale of its magnitude, inside the exponential")
+    beta3: float | None = arg(None, "scale of the blackbox term")
+    beta4: float | None = arg(None, "scale of its magnitude, inside the exponential")
     estimator: str = arg("pes", "of the meta-gradient", choices=tuple(ESTIMATORS))
     objective: str = arg(
         "train",
@@ -139,7 +142,10 @@ PRESETS = {
     # Lower variance than PES here, so further at equal inner steps; see the README.
     "noise_reuse": dict(estimator="noise_reuse"),
     # What got furthest at equal inner steps, of all that recipes.md lists.
-    "best": dict(estimator="noise_reuse", horizons="log-uniform", clip_by="norm"),
+    # beta2 = 1: at the paper's 1e-3 the nominal step's size is not learned at all.
+    "best": dict(
+        estimator="noise_reuse", horizons="log-uniform", clip_by="norm", beta2=1.0
+    ),
     # Metz et al. 2019, D.3. Deviations: unrolls up to 1,000 of T = 2,000, not of 10,000, in
     # 2,000 meta-steps, not 5,000; 8 pairs, not 128; clipping. The paper's --meta-lr for
     # --objective valid is 0.0003.
@@ -249,16 +255,23 @@ def check(config: Config) -> None:
         raise UserError(
             "--estimator merged needs 4 --particles or more for its variances"
         )
-    if config.beta3 is not None and config.optimizer in lopts.LEARNED:
-        raise UserError(f"--beta3 is STAR's; {config.optimizer} has none")
-    if config.beta3 is not None and not abs(config.beta3) < LARGEST:
-        raise UserError("--beta3 must be finite in float32")
+    for name, beta in betas(config).items():
+        if config.optimizer in lopts.LEARNED:
+            raise UserError(f"--{name} is STAR's; {config.optimizer} has none")
+        if not abs(beta) < LARGEST:
+            raise UserError(f"--{name} must be finite in float32")
     if config.warmup >= config.steps:
         raise UserError("--warmup must be below --steps")
     if config.resume and config.init:
         raise UserError(
             "--resume goes on from the folder's checkpoint; --init does not apply"
         )
+
+
+def betas(config: Config) -> dict[str, float]:
+    """Those of beta1 .. beta4 that are given, by name."""
+    found = {f"beta{i}": getattr(config, f"beta{i}") for i in range(1, 5)}
+    return {name: beta for name, beta in found.items() if beta is not None}
 
 
 def check_unroll(config: Config) -> None:

@@ -21,6 +21,7 @@ import star
 import store
 import sweep
 import tasks
+import train
 import tuning
 from baselines import BASELINES, best_rate, rates
 
@@ -284,15 +285,16 @@ def test_a_sweep_skips_what_is_finished_and_resumes(swept, capsys):
 
 
 def test_a_sweep_takes_a_preset():
-    """Noise reuse unless --preset says otherwise; `best` adds horizons and clipping."""
-    for flags, horizons, clip_by in (
-        ([], "doubling", "value"),
-        (["--preset", "best"], "log-uniform", "norm"),
+    """Noise reuse unless --preset says otherwise; `best` changes three things more."""
+    for flags, *changed in (
+        ([], "doubling", "value", 1e-3),
+        (["--preset", "best"], "log-uniform", "norm", 1.0),
     ):
         _, rest = sweep.parse(flags)
         config = settings.parse([*rest, *sweep.VARIANTS["star_wd0.5"]])
         assert config.estimator == "noise_reuse" and config.weight_decay == 0.5
-        assert (config.horizons, config.clip_by) == (horizons, clip_by)
+        _, constants = train.optimizer_of(config)
+        assert [config.horizons, config.clip_by, constants.beta2] == changed
 
 
 def test_runs_of_a_sweep_are_summed_up(swept):

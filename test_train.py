@@ -236,6 +236,8 @@ train.py --estimator truncated_es --unroll 10 --jitter 1.5 -> --jitter must be i
 train.py --meta-beta1 1 -> --meta-beta1 must be in 0 .. 1
 train.py --objective test -> argument --objective: invalid choice: 'test'
 train.py --optimizer mlp --beta3 1e-5 -> --beta3 is STAR's; mlp has none
+train.py --optimizer gru --beta2 1 -> --beta2 is STAR's; gru has none
+train.py --beta4 inf -> --beta4 must be finite in float32
 train.py --estimator merged --particles 3 -> --estimator merged needs 4 --particles or more
 train.py --estimator pes --unroll 10 -> does not go with pes, which joins windows itself
 train.py --start-unroll 5 -> --start-unroll is about --unroll, which is not given

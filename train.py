@@ -35,6 +35,7 @@ from settings import (
     ESTIMATORS,
     NOT_RECIPE,
     Config,
+    betas,
     command_line,
     parse,
 )
@@ -65,12 +66,11 @@ class TrainState(NamedTuple):
 
 
 def optimizer_of(config: Config):
-    """(what is meta-trained, its constants with --beta3 in them; None if not a STAR)."""
+    """(what is meta-trained, its constants with those of --beta1 .. in them; None if not
+    a STAR)."""
     if config.optimizer in lopts.LEARNED:
         return lopts.LEARNED[config.optimizer], None
-    constants = star.CONSTANTS[config.optimizer]
-    if config.beta3 is not None:
-        constants = constants._replace(beta3=config.beta3)
+    constants = star.CONSTANTS[config.optimizer]._replace(**betas(config))
     return star.learned_optimizer(constants), constants
 
 
