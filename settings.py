@@ -142,10 +142,7 @@ PRESETS = {
     # Lower variance than PES here, so further at equal inner steps; see the README.
     "noise_reuse": dict(estimator="noise_reuse"),
     # What got furthest at equal inner steps, of all that recipes.md lists.
-    # beta2 = 1: at the paper's 1e-3 the nominal step's size is not learned at all.
-    "best": dict(
-        estimator="noise_reuse", horizons="log-uniform", clip_by="norm", beta2=1.0
-    ),
+    "best": dict(estimator="noise_reuse", horizons="log-uniform", clip_by="norm"),
     # Metz et al. 2019, D.3. Deviations: unrolls up to 1,000 of T = 2,000, not of 10,000, in
     # 2,000 meta-steps, not 5,000; 8 pairs, not 128; clipping. The paper's --meta-lr for
     # --objective valid is 0.0003.

@@ -285,10 +285,10 @@ def test_a_sweep_skips_what_is_finished_and_resumes(swept, capsys):
 
 
 def test_a_sweep_takes_a_preset():
-    """Noise reuse unless --preset says otherwise; `best` changes three things more."""
+    """Noise reuse unless --preset says otherwise; flags reach every variant."""
     for flags, *changed in (
         ([], "doubling", "value", 1e-3),
-        (["--preset", "best"], "log-uniform", "norm", 1.0),
+        (["--preset", "best", "--beta2", "1"], "log-uniform", "norm", 1.0),
     ):
         _, rest = sweep.parse(flags)
         config = settings.parse([*rest, *sweep.VARIANTS["star_wd0.5"]])
