@@ -49,6 +49,7 @@ def test_rounds_are_interleaved_and_the_first_is_not_timed(monkeypatch):
     assert order == ["a", "b"] * 3
 
 
+@pytest.mark.heavy
 def test_estimators_are_timed_with_windows_longer_than_the_horizon():
     data, _ = tasks.TASKS["quadratic"].load()
     costs = bench.estimator_costs("quadratic", data, 2, 2500, 1)

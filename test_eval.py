@@ -118,6 +118,7 @@ def test_thinned_curves_are_means_and_report(small_task):
 # Comparisons.
 
 
+@pytest.mark.heavy
 def test_eval_writes_its_comparison(use_stand_in, theta, tmp_path, capsys):
     """Curves, table, JSON and picture; log, table and JSON name the stand-in."""
     out = tmp_path / "out"
@@ -168,6 +169,7 @@ def test_results_are_read_back(ours, theta, tmp_path):
     assert comparison.saved(tmp_path, asked) is None
 
 
+@pytest.mark.heavy
 def test_a_suite_is_drawn_and_resumes(ours, theta, tmp_path, monkeypatch):
     """A folder a task, one table, an overview; a task that is there is not run again."""
     names = ("quadratic", "rosenbrock")

@@ -172,6 +172,7 @@ def result(theta):
     return learned.compute_learned(quadratic, {}, OPTIMIZER, theta, 2, 4, 3)
 
 
+@pytest.mark.heavy
 def test_runs_are_those_of_inner_training(theta, result):
     """The root mean square of updates 1 to 3, in a plain loop on the first seed."""
     keys = jax.random.split(jax.random.key(learned.comparison.EVALUATION_SEED), 2)

@@ -262,6 +262,7 @@ def test_gradient_norms_of_a_plane():
 # --- the network
 
 
+@pytest.mark.heavy
 def test_figure_2d_equals_a_plain_adam_loop(task, fixed, figure_2d):
     """The highest rate's losses, projected end and held-out loss, by optax in a loop."""
     result = figure_2d

@@ -132,6 +132,7 @@ def test_encode_and_decode_are_inverse(rate, decay):
     assert found["b1"] == pytest.approx(decay, rel=1e-4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [*lopts.LEARNED])
 def test_theta_has_a_gradient(name):
     """d(parameters after 3 steps) / d theta is finite, and no leaf of theta is without."""

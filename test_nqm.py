@@ -804,6 +804,7 @@ def test_nqm_unroll_is_the_model():
     assert within_six_sigma(np.asarray(losses), expected_losses(linear, model, 6))
 
 
+@pytest.mark.heavy
 def test_figure_2bc_meta_training_learns():
     """From P = 0 the exact meta-loss falls, and counts as near at 1.1 of the optimum."""
     with jax.enable_x64(False):  # as the command runs it

@@ -341,6 +341,7 @@ def test_zero_gradients_forever_stay_finite():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
+@pytest.mark.heavy
 def test_update_is_differentiable_in_theta():
     """The meta-gradient by backpropagation agrees with finite differences."""
     rng = np.random.default_rng(0)
@@ -565,6 +566,7 @@ print(6 if check.radius < 1 and abs(loss - 1.608) < 1e-3 else check)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name, use",
     [

@@ -62,6 +62,7 @@ def all_close(a, b, tolerance=1e-5):
 # The table.
 
 
+@pytest.mark.heavy
 def test_list_has_every_task_with_its_size(capsys):
     """python tasks.py, without any file: parameters exactly, the work of a step to 1 %."""
     assert tasks.main([]) == 0
@@ -107,6 +108,7 @@ FIRST_LOSS |= dict.fromkeys(("lstm_small", "transformer_small"), math.log(259))
 SLOW = ("resnet", "transformer", "lstm", "conv", "cifar10_conv")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
     [
@@ -418,6 +420,7 @@ def test_initial_weights_are_cut_at_two_and_not_widened():
     assert not np.asarray(dense["b"]).any() and not np.asarray(kernel["b"]).any()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "shape, size, stride",
     [((6, 7), 3, 1), ((7, 8), 4, 2), ((5, 4), 1, 2)],

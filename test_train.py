@@ -71,6 +71,7 @@ def test_a_run_leaves_its_files(finished):
     assert (finished / "theta.npz").stat().st_size < 32_000
 
 
+@pytest.mark.heavy
 def test_kill_9_and_resume_give_the_same_bytes(finished, tmp_path):
     """A run killed without warning and resumed ends with the theta of the whole run."""
     argv = [sys.executable, "train.py", *TINY, "--out", str(tmp_path)]
@@ -135,6 +136,7 @@ def test_a_torn_log_is_mended(cut, finished, tmp_path):
     assert path.read_text() == "".join(whole[:10])
 
 
+@pytest.mark.heavy
 def test_init_goes_on_with_the_meta_optimizer(finished, tmp_path, capsys):
     """--init moves theta, Adam's moments and the step count by one small file, and the
     particles are staggered over the horizon of that step."""
@@ -302,6 +304,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
+@pytest.mark.heavy
 def test_meta_training_learns():
     """On the noisy quadratic, 150 meta-steps of PES lower the loss of fresh runs well
     below that of the untrained theta."""
@@ -321,6 +324,7 @@ def test_meta_training_learns():
     assert after < 0.7 * before
 
 
+@pytest.mark.heavy
 def test_a_diverging_optimizer_does_not_stop_the_run(tmp_path):
     """beta3 = 1e3 blows every particle up; losses stay at the limit, theta finite."""
     assert command(*TINY, "--beta3", "1e3", "--out", tmp_path) == 0
@@ -430,6 +434,7 @@ METZ = (
 ).split()
 
 
+@pytest.mark.heavy
 def test_metz_preset_runs_and_is_evaluated(tmp_path, capsys):
     """Algorithm 1 on the MLP optimizer: its files and card, and eval.py on its theta."""
     whole = tmp_path / "whole"
@@ -445,6 +450,7 @@ def test_metz_preset_runs_and_is_evaluated(tmp_path, capsys):
     assert "mlp (whole)" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_learned_momentum_gets_better():
     """`--optimizer momentum --estimator merged` on the quadratic: rate and momentum that
     start too small end with less than half of the loss."""

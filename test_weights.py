@@ -50,6 +50,7 @@ def groups() -> dict[tuple[str, str], list]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("task", "name"), groups())
 def test_shipped_theta_beats_the_untrained_one(task, name):
     """Mean loss of 200 steps on the stand-in data, one fresh seed."""
