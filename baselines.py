@@ -6,7 +6,7 @@ A hyperparameter that theta leaves out has its usual value.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ NADAMW = {
 }
 
 
-def scheduled_rate(theta, step):
+def scheduled_rate(theta: dict[str, Any], step: jax.Array) -> jax.Array:
     """Learning rate () of step s = 0, 1, ... of T = theta["steps"].
 
     s < warmup T:    lr s / (warmup T)
@@ -100,15 +100,15 @@ def nadamw() -> LearnedOptimizer:
 
 
 def adam8(
-    learning_rate,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    exponential_decay=0.0,
-    linear_decay=0.0,
-    l1=0.0,
-    l2=0.0,
-):
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    exponential_decay: Any = 0.0,
+    linear_decay: Any = 0.0,
+    l1: Any = 0.0,
+    l2: Any = 0.0,
+) -> optax.GradientTransformation:
     """Adam with the eight hyperparameters of Metz et al. 2019, section 4.4.
 
         lr_s = lr exp(-exponential_decay s) max(1 - linear_decay s, 0),  s = 0, 1, ...
@@ -168,7 +168,7 @@ def as_theta(hyperparameters: dict[str, float]) -> dict[str, jax.Array]:
     return {name: jnp.float32(value) for name, value in hyperparameters.items()}
 
 
-def rates(learning_rates=LEARNING_RATES) -> list[dict]:
+def rates(learning_rates: Sequence[float] = LEARNING_RATES) -> list[dict]:
     """One theta for each learning rate."""
     return [as_theta({"learning_rate": rate}) for rate in learning_rates]
 
@@ -227,7 +227,7 @@ def nadamw_config(seed: int) -> dict[str, float]:
     return config
 
 
-def nadamw_theta(config: dict, steps: int, quirks=False) -> dict[str, float]:
+def nadamw_theta(config: dict, steps: int, quirks: bool = False) -> dict[str, float]:
     """`nadamw`'s theta of a configuration, for a run of `steps`.
 
     The warm-up ends where the constant part does, if not before: min(warmup, constant).

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ PIXELS = 3 * 32 * 32  # bytes of a picture of CIFAR
 class DataError(Exception):
     """One line for the user: which file, folder or address, and what is wrong."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).splitlines()))
 
 
@@ -183,11 +183,15 @@ TINY_SHAKESPEARE = DataSet(
 )
 
 
-def log_to_stderr(line):
+def log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def fashion_mnist(source="auto", data_dir=None, log=log_to_stderr):
+def fashion_mnist(
+    source: str = "auto",
+    data_dir: str | Path | None = None,
+    log: Callable = log_to_stderr,
+) -> Images:
     """Fashion-MNIST as `Images`, (60000 and 10000, 28, 28, 1).
 
     source: "real", "stand-in", or "auto": the stand-in, with a loud warning, when
@@ -198,12 +202,20 @@ def fashion_mnist(source="auto", data_dir=None, log=log_to_stderr):
     return load_images(FASHION_MNIST, read_idx_images, source, data_dir, log)
 
 
-def mnist(source="auto", data_dir=None, log=log_to_stderr):
+def mnist(
+    source: str = "auto",
+    data_dir: str | Path | None = None,
+    log: Callable = log_to_stderr,
+) -> Images:
     """MNIST as `Images`, found as `fashion_mnist` finds its own; the same stand-in."""
     return load_images(MNIST, read_idx_images, source, data_dir, log)
 
 
-def cifar10(source="auto", data_dir=None, log=log_to_stderr):
+def cifar10(
+    source: str = "auto",
+    data_dir: str | Path | None = None,
+    log: Callable = log_to_stderr,
+) -> Images:
     """CIFAR-10 as `Images`, (50000 and 10000, 32, 32, 3), found as the others are.
 
     Only the official archive, `cifar-10-binary.tar.gz`, can be verified and has the
@@ -212,12 +224,20 @@ def cifar10(source="auto", data_dir=None, log=log_to_stderr):
     return load_images(CIFAR_10, read_cifar, source, data_dir, log)
 
 
-def cifar100(source="auto", data_dir=None, log=log_to_stderr):
+def cifar100(
+    source: str = "auto",
+    data_dir: str | Path | None = None,
+    log: Callable = log_to_stderr,
+) -> Images:
     """CIFAR-100 as `Images` with the 100 fine labels; all else as for `cifar10`."""
     return load_images(CIFAR_100, read_cifar, source, data_dir, log)
 
 
-def text(source="auto", data_dir=None, log=log_to_stderr):
+def text(
+    source: str = "auto",
+    data_dir: str | Path | None = None,
+    log: Callable = log_to_stderr,
+) -> Text:
     """The bytes of all .txt files of one folder as `Text`, else Tiny Shakespeare.
 
     Looks where `fashion_mnist` looks: in the folder `text`, else in the root itself,
@@ -229,7 +249,7 @@ def text(source="auto", data_dir=None, log=log_to_stderr):
     return read_text(TINY_SHAKESPEARE, paths)
 
 
-def about(data):
+def about(data: Images | Text) -> dict:
     """What a result says of the `Images` or `Text` it was made with."""
     return {
         "dataset": data.name,
@@ -238,31 +258,39 @@ def about(data):
     }
 
 
-def about_formula(name="drawn from its formula"):
+def about_formula(name: str = "drawn from its formula") -> dict:
     """`about` for what needs no files."""
     return {"dataset": name, "dataset_checksum": "", "stand_in": False}
 
 
-def load_images(data_set, read, source, data_dir, log):
+def load_images(
+    data_set: DataSet,
+    read: Callable,
+    source: str,
+    data_dir: str | Path | None,
+    log: Callable,
+) -> Images:
     paths = locate(data_set, source, data_dir, log)
     if paths is None:
         return stand_in_images(data_set)
     return read(data_set, paths, log)
 
 
-def stand_in_images(data_set, sizes=None):
+def stand_in_images(data_set: DataSet, sizes: tuple[int, ...] | None = None) -> Images:
     """`Images` drawn in place of `data_set`; sizes: pictures to train and to test."""
     arrays = data_set.stand_in(*(sizes or data_set.sizes))
     return as_images(data_set, f"{data_set.name} stand-in", arrays, stand_in=True)
 
 
-def stand_in_text(data_set, sizes=None):
+def stand_in_text(data_set: DataSet, sizes: tuple[int, ...] | None = None) -> Text:
     """`Text` drawn in place of `data_set`; sizes: (bytes,)."""
     raw = data_set.stand_in(*(sizes or data_set.sizes))
     return as_text(f"{data_set.name} stand-in", [raw], stand_in=True)
 
 
-def as_images(data_set, name, arrays, stand_in=False):
+def as_images(
+    data_set: DataSet, name: str, arrays: list[np.ndarray], stand_in: bool = False
+) -> Images:
     """(x (N, 28, 28) or (N, 32, 32, 3), y (N,), x_test, y_test) uint8 -> Images."""
     checksum = seal(arrays)
     x, y, x_test, y_test = arrays
@@ -279,7 +307,7 @@ def as_images(data_set, name, arrays, stand_in=False):
     )
 
 
-def as_text(name, contents, stand_in=False):
+def as_text(name: str, contents: list[bytes], stand_in: bool = False) -> Text:
     """The bytes of each file -> Text, 80, 10 and 10 % of each."""
     parts = [[], [], []]
     for raw in contents:
@@ -292,7 +320,7 @@ def as_text(name, contents, stand_in=False):
     return Text(*arrays, name=name, checksum=checksum, stand_in=stand_in)
 
 
-def seal(arrays):
+def seal(arrays: list[np.ndarray]) -> str:
     """The checksum of `arrays`, 16 hex digits, which become read-only: it stays true."""
     digest = hashlib.sha256()
     for array in arrays:
@@ -302,7 +330,7 @@ def seal(arrays):
     return digest.hexdigest()[:16]
 
 
-def read_idx_images(data_set, paths, log):
+def read_idx_images(data_set: DataSet, paths: list[Path], log: Callable) -> Images:
     """`Images` from the four idx files.  Raises DataError."""
     arrays = []
     for path, file in zip(paths, data_set.files, strict=True):
@@ -317,7 +345,7 @@ def read_idx_images(data_set, paths, log):
     return images._replace(name=f"{data_set.name} (not the official bytes)")
 
 
-def read_idx(path, shape):
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The uint8 array of `shape` in a gzipped idx file.  Raises DataError."""
     header = bytes([0, 0, 8, len(shape)])  # 8: unsigned bytes
     header += b"".join(n.to_bytes(4, "big") for n in shape)
@@ -337,7 +365,7 @@ def read_idx(path, shape):
     return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
 
 
-def read_cifar(data_set, paths, log):
+def read_cifar(data_set: DataSet, paths: list[Path], log: Callable) -> Images:
     """`Images` from the archive, verified, or from its files unpacked.  Raises DataError.
 
     The files that a user has unpacked may hold fewer records than the official ones.
@@ -365,7 +393,9 @@ def read_cifar(data_set, paths, log):
     return as_images(data_set, name, [x, y, x_test, y_test])
 
 
-def read_records(data_set, path, raw):
+def read_records(
+    data_set: DataSet, path: str | Path, raw: bytes
+) -> tuple[np.ndarray, np.ndarray]:
     """Records of `path` -> images (n, 32, 32, 3), classes (n,).  Raises DataError.
 
     A record is a byte for each of `data_set.labels`, then 32 x 32 red, green and blue.
@@ -383,7 +413,9 @@ def read_records(data_set, path, raw):
     return images, records[:, len(labels) - 1].copy()
 
 
-def read_archive(path, file, names, sizes):
+def read_archive(
+    path: Path, file: File, names: tuple[str, ...], sizes: list[int]
+) -> list[bytes]:
     """The bytes of the members `names`, of `sizes`, of a .tar.gz with `file`'s digest.
 
     Nothing but the official archive is ever unpacked, and nothing onto the disk.
@@ -409,7 +441,7 @@ def read_archive(path, file, names, sizes):
     return [contents[name] for name in names]
 
 
-def read_text(data_set, paths):
+def read_text(data_set: DataSet, paths: list[Path]) -> Text:
     """`Text` from .txt files, in the order given.  Raises DataError."""
     file = data_set.files[0]
     contents, (least, most) = [], TEXT_BYTES
@@ -427,7 +459,7 @@ def read_text(data_set, paths):
     return as_text(re.sub(r"[^\w(). -]", "_", name), contents)
 
 
-def read_at_most(path, size):
+def read_at_most(path: Path, size: int) -> bytes:
     """The bytes of a file.  Raises DataError: unreadable, or longer than `size`."""
     try:
         with open(path, "rb") as file:
@@ -439,7 +471,9 @@ def read_at_most(path, size):
     return raw
 
 
-def locate(data_set, source, data_dir, log):
+def locate(
+    data_set: DataSet, source: str, data_dir: str | Path | None, log: Callable
+) -> list[Path] | None:
     """The paths of the files to read, in the order of their form, or None: stand in."""
     if source not in ("real", "stand-in", "auto"):
         raise DataError(f"source is {source!r}, not 'real', 'stand-in' or 'auto'")
@@ -471,7 +505,7 @@ def locate(data_set, source, data_dir, log):
     return None
 
 
-def find(root, data_set):
+def find(root: str | Path, data_set: DataSet) -> list[Path] | None:
     """The files of a form in root/folder or in root, or root itself; None: no file.
 
     A name with a star stands for all that match, sorted.  Raises DataError when `root`
@@ -495,7 +529,7 @@ def find(root, data_set):
     return None
 
 
-def matching(folder, name):
+def matching(folder: Path, name: str) -> list[Path]:
     """The files in `folder` called `name`, sorted, without the hidden ones."""
     try:
         names = sorted(fnmatch.filter(os.listdir(folder), name))
@@ -505,11 +539,11 @@ def matching(folder, name):
     return [path for path in paths if os.path.isfile(path)]
 
 
-def missing_files(folder, data_set):
+def missing_files(folder: Path, data_set: DataSet) -> list[File]:
     return [f for f in data_set.files if not os.path.isfile(folder / f.name)]
 
 
-def download(data_set, folder, log):
+def download(data_set: DataSet, folder: Path, log: Callable) -> list[str]:
     """Fetch what `folder` lacks.  Returns [], or a line on each address that failed.
 
     An address that failed once is not asked again, so being offline costs seconds.
@@ -526,7 +560,7 @@ def download(data_set, folder, log):
     return failures if missing_files(folder, data_set) else []
 
 
-def fetch(url, path, file, log):
+def fetch(url: str, path: Path, file: File, log: Callable) -> None:
     """Download `url` to `path`, which appears only when whole and verified.
 
     Raises OSError, HTTPException or ValueError, and then leaves nothing behind.
@@ -546,15 +580,17 @@ def fetch(url, path, file, log):
             Path(partial).unlink(missing_ok=True)
 
 
-def new_digest(file, raw=b""):
+def new_digest(file: File, raw: bytes = b"") -> Any:
     return hashlib.new(file.algorithm, raw, usedforsecurity=False)
 
 
-def wrong_digest(file, found):
+def wrong_digest(file: File, found: str) -> str:
     return f"its {file.algorithm.upper()} is {found} instead of {file.digest}"
 
 
-def copy_stream(response, out, file, log):
+def copy_stream(
+    response: http.client.HTTPResponse, out: BinaryIO, file: File, log: Callable
+) -> str:
     """Copy `response` into `out`, reporting progress.  Returns its digest, in hex."""
     digest, size = new_digest(file), 0
     max_bytes = prod(file.shape) + 1000
@@ -575,7 +611,7 @@ def copy_stream(response, out, file, log):
     return digest.hexdigest()
 
 
-def open_in_time(url):
+def open_in_time(url: str) -> http.client.HTTPResponse:
     """urlopen with a limit on the whole of it.
 
     Its own timeout counts for each of a server's addresses anew and not at all for

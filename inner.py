@@ -34,7 +34,9 @@ class Curves(NamedTuple):
     seconds: float  # wall time of all runs together, without compilation
 
 
-def inner_training(build, optimizer, objective="train") -> tuple[Callable, Callable]:
+def inner_training(
+    build: Callable, optimizer: Any, objective: str = "train"
+) -> tuple[Callable, Callable]:
     """(fresh, step): fresh: key -> Carry; step: (theta, carry, key) -> (carry, loss ()).
 
     build: key -> Task; a family of tasks draws its member by the key, others ignore it.
@@ -64,7 +66,9 @@ def inner_training(build, optimizer, objective="train") -> tuple[Callable, Calla
     return fresh, step
 
 
-def inner_unroll(build, optimizer, length: int, objective="train") -> estimators.Unroll:
+def inner_unroll(
+    build: Callable, optimizer: Any, length: int, objective: str = "train"
+) -> estimators.Unroll:
     """Windows of `length` inner steps of the training, their losses clipped at the task's
     limit."""
     fresh, step = inner_training(build, optimizer, objective)
@@ -72,7 +76,7 @@ def inner_unroll(build, optimizer, length: int, objective="train") -> estimators
     return estimators.unroll(fresh, step, length, limit)
 
 
-def ema(values, decay: float) -> np.ndarray:
+def ema(values: Any, decay: float) -> np.ndarray:
     """Running mean of a curve along its last axis, bias-corrected, as in the figures."""
     values = np.asarray(values, np.float64)
     out, mean = np.empty_like(values), 0.0
@@ -96,7 +100,7 @@ def batching() -> Callable:
     return sequential if jax.default_backend() == "cpu" else jax.vmap
 
 
-def thinning(steps: int, points=4000) -> int:
+def thinning(steps: int, points: int = 4000) -> int:
     """How many steps to average so that at most `points` means cover them: a divisor.
 
     Raises UserError where no divisor leaves about half as many.
@@ -111,7 +115,15 @@ def thinning(steps: int, points=4000) -> int:
 
 
 def curves(
-    build, data, optimizer, thetas, keys, steps: int, chunk=500, every=1, report=None
+    build: Callable,
+    data: Any,
+    optimizer: Any,
+    thetas: list,
+    keys: jax.Array,
+    steps: int,
+    chunk: int = 500,
+    every: int = 1,
+    report: Callable | None = None,
 ) -> Curves:
     """Train `thetas` x `keys` from scratch: losses (thetas, seeds, steps / every).
 

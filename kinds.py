@@ -8,7 +8,7 @@ key alone. Networks and initial values are in `networks.py`.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,9 @@ ES_SIGMA = 0.01
 # Data, once, in numpy.
 
 
-def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Split]:
+def split_images(
+    images: datasets.Images, transform: Callable = lambda x: x
+) -> dict[str, Split]:
     """80 % train, 10 % valid, 10 % outer valid (left out) of the training set, and test.
 
     The order is a fixed permutation, so that splits agree between runs and machines.
@@ -111,12 +113,12 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 # Batches, on the device.
 
 
-def to_batch(split: Split):
+def to_batch(split: Split) -> tuple[jax.Array, jax.Array]:
     """Images (B, h, w, c) float32 in [0, 1], labels (B,) uint8."""
     return split.images.astype(jnp.float32) / 255, split.labels
 
 
-def sample(key, split: Split, size: int):
+def sample(key: jax.Array, split: Split, size: int) -> tuple[jax.Array, jax.Array]:
     """`size` examples, with replacement, as `to_batch` gives them.
 
     One draw of 32 bits modulo n: off uniform by at most n / 2^32, and half of the random
@@ -127,7 +129,9 @@ def sample(key, split: Split, size: int):
     return to_batch(Split(split.images[index], split.labels[index]))
 
 
-def windows(stream, starts, length: int):
+def windows(
+    stream: jax.Array, starts: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
     """Bytes (n,), starts (B,) -> tokens (B, length) int32 and the ones after each."""
     bytes_ = stream[starts[:, None] + jnp.arange(length + 1)[None]]
     tokens = bytes_.astype(jnp.int32) + SPECIAL_TOKENS
@@ -137,22 +141,29 @@ def windows(stream, starts, length: int):
 # Kinds of tasks.
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean over the batch of -log softmax(logits)[label], in nats."""
     log_p = jax.nn.log_softmax(logits)
     return -jnp.take_along_axis(log_p, labels[:, None].astype(jnp.int32), 1).mean()
 
 
-def squared_error(logits, labels):
+def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean over the batch and the classes of (logit - one-hot label)^2."""
     return jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1])).mean()
 
 
-def accuracy(logits, labels):
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (logits.argmax(-1) == labels).mean()
 
 
-def measured(init, draw, measure, test, as_batch, loss_limit) -> Task:
+def measured(
+    init: Callable,
+    draw: Callable,
+    measure: Callable,
+    test: Any,
+    as_batch: Callable,
+    loss_limit: float,
+) -> Task:
     """A Task from measure: (params, key, batch) -> dict of scalars, "loss" among them.
 
     test: a pytree of arrays of equal length, which as_batch makes batches of. The test
@@ -176,12 +187,12 @@ def measured(init, draw, measure, test, as_batch, loss_limit) -> Task:
 
 
 def classifier(
-    draw,
+    draw: Callable,
     test: Split,
     network: Network,
-    classes=CLASSES,
-    error=cross_entropy,
-    loss_limit=None,
+    classes: int = CLASSES,
+    error: Callable = cross_entropy,
+    loss_limit: float | None = None,
 ) -> Task:
     """Image classification, by cross-entropy or another error of the logits.
 
@@ -200,7 +211,7 @@ def classifier(
     return measured(network.init, draw, measure, test, to_batch, limit)
 
 
-def autoencoder(draw, test: Split, network: Network) -> Task:
+def autoencoder(draw: Callable, test: Split, network: Network) -> Task:
     """Reconstruction of images in [0, 1]: mean squared error over pixels and batch."""
 
     def measure(params, key, batch):
@@ -211,7 +222,9 @@ def autoencoder(draw, test: Split, network: Network) -> Task:
     return measured(network.init, draw, measure, test, to_batch, loss_limit=1.0)
 
 
-def language_model(streams: dict, network: Network, length: int, batch_size: int):
+def language_model(
+    streams: dict, network: Network, length: int, batch_size: int
+) -> Task:
     """Next-byte prediction: mean cross-entropy in nats over all positions of a batch.
 
     streams: the bytes of each split, (n,) uint8; tokens are byte + 3, V = 259. Deviation:
@@ -305,7 +318,13 @@ def by_class(splits: dict[str, Split]) -> dict[str, jax.Array]:
     return {name: arrange(split) for name, split in splits.items()}
 
 
-def class_family(images: dict, key, hidden, batch_size=BATCH_SIZE, classes=5) -> Task:
+def class_family(
+    images: dict,
+    key: jax.Array,
+    hidden: tuple[int, ...],
+    batch_size: int = BATCH_SIZE,
+    classes: int = 5,
+) -> Task:
     """A member of a family, drawn by the key: which `classes` of the ten, in which order.
 
     In place of Metz et al. 2019, D.2 (ten-way subsets of 700 classes of ImageNet): no

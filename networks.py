@@ -42,30 +42,30 @@ class Norm(NamedTuple):
 # Layers.
 
 
-def truncated_normal(key, shape, scale):
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
     return scale * jax.random.truncated_normal(key, -2, 2, shape)
 
 
-def dense_init(key, n: int, m: int, scale=None) -> dict:
+def dense_init(key: jax.Array, n: int, m: int, scale: float | None = None) -> dict:
     """Weights (n, m), truncated normal of scale 1 / sqrt(n) or as given; biases 0."""
     scale = 1 / math.sqrt(n) if scale is None else scale
     return {"w": truncated_normal(key, (n, m), scale), "b": jnp.zeros(m)}
 
 
-def dense(params, x):
+def dense(params: dict, x: jax.Array) -> jax.Array:
     """(..., n) -> (..., m)."""
     y = x @ params["w"]
     return y + jnp.broadcast_to(params["b"], y.shape)
 
 
-def conv_init(key, size: int, n: int, m: int, bias=True) -> dict:
+def conv_init(key: jax.Array, size: int, n: int, m: int, bias: bool = True) -> dict:
     """A square kernel (size, size, n, m); fan-in size * size * n."""
     scale = 1 / math.sqrt(size * size * n)
     w = truncated_normal(key, (size, size, n, m), scale)
     return {"w": w, "b": jnp.zeros(m)} if bias else {"w": w}
 
 
-def conv(params, x, stride=1):
+def conv(params: dict, x: jax.Array, stride: int = 1) -> jax.Array:
     """(B, h, w, n) -> (B, h / stride rounded up, likewise w, m): "same" padding.
 
     On a CPU as a matrix product, because there XLA's convolution and its gradient take
@@ -77,13 +77,13 @@ def conv(params, x, stride=1):
     return y + jnp.broadcast_to(params["b"], y.shape) if "b" in params else y
 
 
-def conv_by_xla(w, x, stride):
+def conv_by_xla(w: jax.Array, x: jax.Array, stride: int) -> jax.Array:
     layout = ("NHWC", "HWIO", "NHWC")
     strides = (stride, stride)
     return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=layout)
 
 
-def conv_as_product(w, x, stride):
+def conv_as_product(w: jax.Array, x: jax.Array, stride: int) -> jax.Array:
     """Each position's window as a row, times the kernel as a matrix."""
     size, _, n, m = w.shape
     patches = jnp.concatenate(shifted(x, size, stride, 0), -1)  # (B, h, w, size^2 n)
@@ -91,12 +91,12 @@ def conv_as_product(w, x, stride):
     return y.reshape(*patches.shape[:-1], m)
 
 
-def max_pool(x, size=3, stride=2):
+def max_pool(x: jax.Array, size: int = 3, stride: int = 2) -> jax.Array:
     """The largest of each window: (B, h, w, C) -> (B, h / stride, w / stride, C)."""
     return functools.reduce(jnp.maximum, shifted(x, size, stride, -jnp.inf))
 
 
-def shifted(x, size: int, stride: int, fill: float) -> list:
+def shifted(x: jax.Array, size: int, stride: int, fill: float) -> list:
     """The size * size pixels of every window, each pixel as (B, h', w', C).
 
     "Same" padding: h' = h / stride rounded up, the windows centred as well as they can be,
@@ -113,12 +113,12 @@ def shifted(x, size: int, stride: int, fill: float) -> list:
     ]
 
 
-def dropout_factors(key, shape, rate: float):
+def dropout_factors(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     """What to multiply by: 0 with probability `rate`, else 1 / (1 - rate); mean 1."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
-def normalise(params, x, axes):
+def normalise(params: dict, x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
     """scale (x - mean) / sqrt(variance + 1e-5) + offset; the variance divides by n."""
     mean = x.mean(axes, keepdims=True)
     variance = x.var(axes, keepdims=True)
@@ -127,17 +127,17 @@ def normalise(params, x, axes):
     return y * scale + offset
 
 
-def layer_norm(params, x):
+def layer_norm(params: dict, x: jax.Array) -> jax.Array:
     """Over the channels of each position (Ba, Kiros and Hinton 2016)."""
     return normalise(params, x, -1)
 
 
-def batch_norm(params, x):
+def batch_norm(params: dict, x: jax.Array) -> jax.Array:
     """Over everything but the channels (Ioffe and Szegedy 2015), of this very batch."""
     return normalise(params, x, tuple(range(x.ndim - 1)))
 
 
-def _scale_and_offset(shape) -> dict:
+def _scale_and_offset(shape: tuple[int, ...]) -> dict:
     return {"scale": jnp.ones(shape), "offset": jnp.zeros(shape)}
 
 
@@ -151,7 +151,13 @@ BATCH_NORM = Norm(
 # Networks for images: shape is (height, width, channels) of one of them.
 
 
-def mlp(shape, outputs: int, hidden, activation=jax.nn.relu, norm=None) -> Network:
+def mlp(
+    shape: tuple[int, ...],
+    outputs: int,
+    hidden: tuple[int, ...],
+    activation: Callable = jax.nn.relu,
+    norm: Norm | None = None,
+) -> Network:
     """Flattened images -> [dense, norm, activation] for each hidden -> dense."""
     sizes = (math.prod(shape), *hidden, outputs)
 
@@ -177,7 +183,7 @@ def mlp(shape, outputs: int, hidden, activation=jax.nn.relu, norm=None) -> Netwo
     return Network(init, apply)
 
 
-def mlp_autoencoder(shape, hidden) -> Network:
+def mlp_autoencoder(shape: tuple[int, ...], hidden: tuple[int, ...]) -> Network:
     """An MLP from the images to as many sigmoids; gives (B, height * width * channels)."""
     network = mlp(shape, math.prod(shape), hidden)
 
@@ -187,7 +193,12 @@ def mlp_autoencoder(shape, hidden) -> Network:
     return Network(network.init, apply)
 
 
-def convnet(shape, outputs: int, channels=(32, 64, 64), norm=None) -> Network:
+def convnet(
+    shape: tuple[int, ...],
+    outputs: int,
+    channels: tuple[int, ...] = (32, 64, 64),
+    norm: Norm | None = None,
+) -> Network:
     """[3x3 convolution, relu, norm] for each of channels -> mean over positions -> dense.
 
     The first has stride 2, the others 1. STAR, appendix B.2, with the mean that its text
@@ -215,7 +226,12 @@ def convnet(shape, outputs: int, channels=(32, 64, 64), norm=None) -> Network:
     return Network(init, apply)
 
 
-def resnet(shape, outputs: int, channels=(128, 256, 512, 512), first=5) -> Network:
+def resnet(
+    shape: tuple[int, ...],
+    outputs: int,
+    channels: tuple[int, ...] = (128, 256, 512, 512),
+    first: int = 5,
+) -> Network:
     """A pre-activation residual network with one bottleneck block for each of channels.
 
     He et al. 2016b: a block adds y to a shortcut s, both of a = relu(norm(x)),
@@ -276,7 +292,7 @@ def resnet(shape, outputs: int, channels=(128, 256, 512, 512), first=5) -> Netwo
 # Language models: tokens (B, T) int32 -> logits (B, T, V) of the token after each.
 
 
-def lstm(vocabulary: int, embedding=128, hidden=256) -> Network:
+def lstm(vocabulary: int, embedding: int = 128, hidden: int = 256) -> Network:
     """Embedding -> LSTM (Hochreiter and Schmidhuber 1997, forget gates of 2000) -> dense.
 
         z = [x, h] W + b, in four parts i, g, f, o
@@ -316,7 +332,12 @@ def lstm(vocabulary: int, embedding=128, hidden=256) -> Network:
 
 
 def transformer(
-    vocabulary: int, width=256, layers=5, heads=8, head_size=32, rate=0.1
+    vocabulary: int,
+    width: int = 256,
+    layers: int = 5,
+    heads: int = 8,
+    head_size: int = 32,
+    rate: float = 0.1,
 ) -> Network:
     """A decoder-only transformer, layer norm in front of each part (Vaswani et al. 2017).
 

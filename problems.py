@@ -24,7 +24,7 @@ CURVATURES = 1e-3, 1.0  # smallest and largest eigenvalue of a Hessian
 DIMENSIONS = 5
 
 
-def linear_regression(key) -> Problem:
+def linear_regression(key: jax.Array) -> Problem:
     """0.5 |A x - b|^2 in 5 dimensions, A and b drawn by the key; x_0 ~ N(0, I).
 
     A = diag(sqrt(lambda)) Q: the Hessian A'A has eigenvalues lambda log-uniform in
@@ -44,7 +44,7 @@ def linear_regression(key) -> Problem:
     )
 
 
-def rosenbrock(key) -> Problem:
+def rosenbrock(key: jax.Array) -> Problem:
     """(1 - x)^2 + 100 (y - x^2)^2, least at (1, 1); x_0 ~ U(-2, 2), y_0 ~ U(-1, 3)."""
 
     def loss(params):
@@ -59,7 +59,9 @@ def rosenbrock(key) -> Problem:
     )
 
 
-def moons(points: int, noise=0.1, seed=0) -> tuple[np.ndarray, np.ndarray]:
+def moons(
+    points: int, noise: float = 0.1, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Two half circles that interlock: (points, 2) float32 and labels (points,) of +-1."""
     rng = np.random.RandomState(seed)
     side = np.where(np.arange(points) % 2, 1.0, -1.0)
@@ -70,7 +72,7 @@ def moons(points: int, noise=0.1, seed=0) -> tuple[np.ndarray, np.ndarray]:
     return xy.astype(np.float32), side.astype(np.float32)
 
 
-def two_moons(key, width=64, points=64) -> Problem:
+def two_moons(key: jax.Array, width: int = 64, points: int = 64) -> Problem:
     """A network on two moons: three hidden layers of tanh, logistic loss, full batch.
 
     The data are the same for all; init draws the weights (normal over sqrt(fan in),

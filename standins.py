@@ -5,6 +5,8 @@ RandomState is frozen for good, and no operation but the exactly rounded ones is
 (no sine, no matrix product).  `data` says when one of these is in use.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 # Class, whether to mirror its outlines at x = 0, and contours; a pixel inside an odd
@@ -53,7 +55,7 @@ SILHOUETTES = (
 SIDE, VARIANTS = 56, 128  # of a template: pixels a side, and how many a class
 
 
-def silhouettes(train, test):
+def silhouettes(train: int, test: int) -> list[np.ndarray]:
     """[x (train, 28, 28), y, x_test, y_test] uint8: ten classes of grey clothes."""
     rng = np.random.RandomState(0)
     templates = draw_all_templates(rng)
@@ -65,7 +67,7 @@ def silhouettes(train, test):
     return labelled(rng, (train, test), len(SILHOUETTES), draw)
 
 
-def coloured_silhouettes(train, test, classes=10):
+def coloured_silhouettes(train: int, test: int, classes: int = 10) -> list[np.ndarray]:
     """[x (train, 32, 32, 3), y, x_test, y_test] uint8: clothes before a background.
 
     Ten classes: the outline tells the class, and about half the clothes have its colour.
@@ -92,7 +94,9 @@ def coloured_silhouettes(train, test, classes=10):
     return labelled(rng, (train, test), classes, draw)
 
 
-def labelled(rng, sizes, classes, draw):
+def labelled(
+    rng: np.random.RandomState, sizes: tuple[int, ...], classes: int, draw: Callable
+) -> list[np.ndarray]:
     """Balanced labels in random order and their images: [x, y, x_test, y_test]."""
     arrays = []
     for n in sizes:
@@ -102,16 +106,20 @@ def labelled(rng, sizes, classes, draw):
     return arrays
 
 
-def uniform(rng, low, high, shape):
+def uniform(
+    rng: np.random.RandomState, low: float, high: float, shape: tuple[int, ...]
+) -> np.ndarray:
     """As rng.uniform, which some compilers round differently (fused multiply-add)."""
     return low + (high - low) * rng.random_sample(shape)
 
 
-def draw_all_templates(rng):
+def draw_all_templates(rng: np.random.RandomState) -> np.ndarray:
     return np.stack([draw_templates(rng, *row[1:]) for row in SILHOUETTES])
 
 
-def draw_templates(rng, mirror, contours):
+def draw_templates(
+    rng: np.random.RandomState, mirror: bool, contours: list[tuple[str, str]]
+) -> np.ndarray:
     """Masks of one class, (VARIANTS, SIDE, SIDE) bool, by the even-odd rule."""
     y, x = (np.mgrid[:SIDE, :SIDE] * 2 + 1) / SIDE - 1  # float64, as the corners are
     x = np.abs(x) if mirror else x
@@ -129,7 +137,9 @@ def draw_templates(rng, mirror, contours):
     return inside
 
 
-def draw_cloth(rng, templates, labels, side):
+def draw_cloth(
+    rng: np.random.RandomState, templates: np.ndarray, labels: np.ndarray, side: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A template for each label, bent and dyed grey: brightness, and where it shows.
 
     (n,) -> (n, side, side) float32, not yet limited to 0 .. 255, and as many booleans.
@@ -158,13 +168,13 @@ def draw_cloth(rng, templates, labels, side):
     return shade + noise, inside & ~hidden
 
 
-def pixel_centres(side):
+def pixel_centres(side: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of the pixels, each (side, side) float32 in -1 .. 1."""
     y, x = (np.mgrid[:side, :side].astype(np.float32) * 2 + 1) / side - 1
     return x, y
 
 
-def draw_ground(rng, n, side):
+def draw_ground(rng: np.random.RandomState, n: int, side: int) -> np.ndarray:
     """Backgrounds: a slope of brightness with noise, (n, side, side) in 0 .. 255."""
     x, y = pixel_centres(side)
     level, right, down = uniform(rng, -70, 70, (3, n, 1, 1)).astype(np.float32)
@@ -172,7 +182,7 @@ def draw_ground(rng, n, side):
     return np.clip(level + 120 + x * right + y * down + noise, 0, 255)
 
 
-def dye(brightness, hue, white):
+def dye(brightness: np.ndarray, hue: np.ndarray, white: int) -> np.ndarray:
     """Brightness (n, h, w) in 0 .. 255 in the colour of each hue -> (n, h, w, 3) uint8.
 
     hue: (n,) integers round a wheel of 600; white: 0 pure colour .. 256 none at all.
@@ -188,7 +198,7 @@ def dye(brightness, hue, white):
 WORDS, FOLLOWERS = 60, 4
 
 
-def text(size):
+def text(size: int) -> bytes:
     """`size` bytes of made-up words: which may follow hangs on the last two.
 
     Each pair of words has four followers, of odds 8 : 4 : 2 : 1.
@@ -209,7 +219,7 @@ def text(size):
     return b"".join(parts)[:size]
 
 
-def draw_words(rng):
+def draw_words(rng: np.random.RandomState) -> list[bytes]:
     """A full stop with a new line, a comma, and words of one to three syllables."""
     words = [b".\n", b","]
     while len(words) < WORDS:

@@ -21,8 +21,9 @@ of any text in place of the One Billion Word benchmark (see `language_model`).
 
 import argparse
 import math
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ from kinds import (
 from networks import (
     BATCH_NORM,
     LAYER_NORM,
+    Network,
     convnet,
     lstm,
     mlp,
@@ -78,11 +80,17 @@ class TaskSpec(NamedTuple):
 # The table.
 
 
-def _load_nothing(source="auto", data_dir=None) -> tuple[Any, dict]:
+def _load_nothing(
+    source: str = "auto", data_dir: str | pathlib.Path | None = None
+) -> tuple[Any, dict]:
     return {}, datasets.about_formula()
 
 
-def _images(dataset, transform=lambda x: x, arrange=lambda splits: splits):
+def _images(
+    dataset: str,
+    transform: Callable = lambda x: x,
+    arrange: Callable = lambda splits: splits,
+) -> tuple[Callable, Callable]:
     """(load, like) of a TaskSpec: what `arrange` makes of the splits of a data set."""
     shape, classes = IMAGES[dataset]
 
@@ -101,13 +109,13 @@ def _images(dataset, transform=lambda x: x, arrange=lambda splits: splits):
 
 
 def _image_task(
-    dataset,
-    make,
-    stands_for,
-    size=None,
-    batch_size=BATCH_SIZE,
-    transform=None,
-    passes=3,
+    dataset: str,
+    make: Callable,
+    stands_for: str,
+    size: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    transform: Callable | None = None,
+    passes: int = 3,
 ) -> TaskSpec:
     """make: (draw, test split, classes) -> Task. size: resized to, None: as they are."""
     if transform is None:
@@ -123,7 +131,12 @@ def _image_task(
     return TaskSpec(load, build, like, dataset, stands_for, passes)
 
 
-def _classify(network, error=cross_entropy, loss_limit=None, **sizes) -> Callable:
+def _classify(
+    network: Callable,
+    error: Callable = cross_entropy,
+    loss_limit: float | None = None,
+    **sizes: Any,
+) -> Callable:
     def make(draw, test, classes):
         fitted = network(test.images.shape[1:], classes, **sizes)
         return classifier(draw, test, fitted, classes, error, loss_limit)
@@ -131,14 +144,16 @@ def _classify(network, error=cross_entropy, loss_limit=None, **sizes) -> Callabl
     return make
 
 
-def _reconstruct(hidden) -> Callable:
+def _reconstruct(hidden: tuple[int, ...]) -> Callable:
     def make(draw, test, classes):
         return autoencoder(draw, test, mlp_autoencoder(test.images.shape[1:], hidden))
 
     return make
 
 
-def _es_task(dataset, make, pairs, stands_for, size=None) -> TaskSpec:
+def _es_task(
+    dataset: str, make: Callable, pairs: int, stands_for: str, size: int | None = None
+) -> TaskSpec:
     return _image_task(
         dataset,
         lambda *args: es_gradient(make(*args), pairs),
@@ -148,7 +163,9 @@ def _es_task(dataset, make, pairs, stands_for, size=None) -> TaskSpec:
     )
 
 
-def _text_task(network, length, batch_size, stands_for) -> TaskSpec:
+def _text_task(
+    network: Network, length: int, batch_size: int, stands_for: str
+) -> TaskSpec:
     def load(source="auto", data_dir=None) -> tuple[Any, dict]:
         text = datasets.text(source, data_dir)
         streams = {k: jnp.asarray(getattr(text, k)) for k in ("train", "valid", "test")}
@@ -163,7 +180,9 @@ def _text_task(network, length, batch_size, stands_for) -> TaskSpec:
     return TaskSpec(load, build, like, "text", stands_for)
 
 
-def _family(hidden, stands_for, transform=lambda x: x) -> TaskSpec:
+def _family(
+    hidden: tuple[int, ...], stands_for: str, transform: Callable = lambda x: x
+) -> TaskSpec:
     def build(data, key, batch_size=BATCH_SIZE):
         return class_family(data, key, hidden, batch_size)
 
@@ -372,7 +391,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 # The list: python tasks.py
 
 
-def multiply_adds(jaxpr) -> int:
+def multiply_adds(jaxpr: Any) -> int:
     """Of the matrix products and convolutions in a jaxpr, those of loops by their length.
 
     A `while` and each branch of a `cond` count once; padding counts as pixels do.
@@ -415,7 +434,7 @@ def measure_task(spec: TaskSpec) -> tuple[int, float]:
     return count, 2e-9 * spec.passes * multiply_adds(loss)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)

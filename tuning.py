@@ -13,8 +13,9 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,14 @@ class Settings(NamedTuple):
     seed: int
 
 
-def train_candidates(build, data, optimizer, thetas, settings, report) -> np.ndarray:
+def train_candidates(
+    build: Callable,
+    data: Any,
+    optimizer: Any,
+    thetas: list[dict[str, float]],
+    settings: Settings,
+    report: Callable,
+) -> np.ndarray:
     """Training losses (candidates, steps), nan after a run's first loss that is not finite.
 
     There the run stops: it could not win any more, and need not cost more. build:
@@ -119,7 +127,9 @@ def same_search(settings: Settings, about: dict) -> dict:
     return settings._asdict() | data | {"criterion": CRITERION}
 
 
-def tune(settings: Settings, data, about: dict, report=lambda done: None) -> dict:
+def tune(
+    settings: Settings, data: Any, about: dict, report: Callable = lambda done: None
+) -> dict:
     """Train with all candidates: what was found, and all it takes to repeat it.
 
     data, about: as the task's `load` returns them. In the result "theta" is the best
@@ -153,7 +163,7 @@ def tune(settings: Settings, data, about: dict, report=lambda done: None) -> dic
 # Files of results.
 
 
-def load_tuned(path=TUNED) -> dict[tuple[str, str, int], dict]:
+def load_tuned(path: str | pathlib.Path = TUNED) -> dict[tuple[str, str, int], dict]:
     """{(task, optimizer, steps): result of `tune`}; {} without a file.
 
     Raises UserError for a file that is not one of these.
@@ -167,12 +177,14 @@ def load_tuned(path=TUNED) -> dict[tuple[str, str, int], dict]:
         raise UserError(f"{path} is not a file of tuned baselines") from None
 
 
-def tuned_theta(task: str, optimizer: str, steps: int, path=TUNED) -> dict | None:
+def tuned_theta(
+    task: str, optimizer: str, steps: int, path: str | pathlib.Path = TUNED
+) -> dict | None:
     """The best theta {name: float} of a search over runs of just `steps`, or None."""
     return load_tuned(path).get((task, optimizer, steps), {}).get("theta")
 
 
-def save_tuned(path, results: dict) -> None:
+def save_tuned(path: str | pathlib.Path, results: dict) -> None:
     """One result a line, by task, optimizer and steps."""
     lines = [json.dumps(results[key], allow_nan=False) for key in sorted(results)]
     text = "[\n" + ",\n".join(lines) + "\n]\n"
@@ -191,7 +203,7 @@ def time_left(todo: dict[str, int], pace: dict[str, float]) -> float:
     return sum(n * pace.get(task, usual) for task, n in todo.items())
 
 
-def reporter(label: str, task: str, total: int, todo: dict, pace: dict):
+def reporter(label: str, task: str, total: int, todo: dict, pace: dict) -> Callable:
     """report(runs done) for `tune`: keeps the pace, and prints a line now and then."""
     begin = printed = time.perf_counter()
 
@@ -223,7 +235,7 @@ def line(result: dict) -> str:
     )
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -267,7 +279,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     path = pathlib.Path(args.out)
     results = load_tuned(path)
