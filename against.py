@@ -18,6 +18,8 @@ import itertools
 import pathlib
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -48,7 +50,7 @@ VARIANTS = {
 }
 
 
-def restore_names(module=jax) -> None:
+def restore_names(module: Any = jax) -> None:
     """The names in `jax` that the release uses and that are gone, put back."""
     for path, value in {
         "tree_map": jax.tree.map,
@@ -66,13 +68,13 @@ def restore_names(module=jax) -> None:
             setattr(owner, name, value)
 
 
-def check(folder) -> None:
+def check(folder: str | pathlib.Path) -> None:
     """UserError, in a line, unless the package lies in the folder."""
     if not (pathlib.Path(folder) / "learned_optimization" / "outer_trainers").is_dir():
         raise UserError(f"{folder} does not hold the package learned_optimization")
 
 
-def import_release(folder) -> dict:
+def import_release(folder: str | pathlib.Path) -> dict:
     """{short name: module} of the release in `folder`; UserError where it won't import."""
     sys.path.insert(0, str(folder))
     restore_names()
@@ -99,7 +101,7 @@ def import_release(folder) -> dict:
         raise UserError(f"learned_optimization does not import: {reason}") from error
 
 
-def as_its_task(modules: dict, task, key):
+def as_its_task(modules: dict, task: Any, key: jax.Array) -> Any:
     """Our Task as one of its own, on the same network, loss and batches."""
     keys = jax.random.split(key, BATCHES)
     batches = [jax.device_get(task.batch(k, "train")) for k in keys]
@@ -126,7 +128,9 @@ def as_its_task(modules: dict, task, key):
     return modules["tasks"].single_task_to_family(Task())
 
 
-def estimates(folder, task, pairs: int, length: int, horizon: int) -> dict:
+def estimates(
+    folder: str | pathlib.Path, task: Any, pairs: int, length: int, horizon: int
+) -> dict:
     """{variant: () -> mean loss, one PES estimate of `pairs` by its TruncatedPES}.
 
     Raises UserError where `folder` does not hold the release.
@@ -154,7 +158,7 @@ def estimates(folder, task, pairs: int, length: int, horizon: int) -> dict:
     return made
 
 
-def _one_after_the_other(estimator, weights):
+def _one_after_the_other(estimator: Any, weights: Any) -> Callable:
     keys = (jax.random.PRNGKey(i) for i in itertools.count())
     state = estimator.init_worker_state(weights, next(keys))
 

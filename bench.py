@@ -15,8 +15,9 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import matplotlib
@@ -50,7 +51,14 @@ GROWTH = {
 QUICK = {"particles": ((1, 4), 1)}
 
 
-def window(optimizer, build, data, pairs: int, length: int, horizon=2000):
+def window(
+    optimizer: Any,
+    build: Callable,
+    data: Any,
+    pairs: int,
+    length: int,
+    horizon: int = 2000,
+) -> tuple[Callable, float]:
     """`compiled` PES, `pairs` windows of `length` inner steps: what a meta-step runs."""
 
     def make(data):
@@ -61,7 +69,7 @@ def window(optimizer, build, data, pairs: int, length: int, horizon=2000):
     return compiled(make, optimizer.init_theta(jax.random.key(0)), data)
 
 
-def compiled(make: Callable, theta, data) -> tuple[Callable, float]:
+def compiled(make: Callable, theta: Any, data: Any) -> tuple[Callable, float]:
     """(() -> the next estimate of make(data), an Estimator; seconds to compile it)."""
     options, keys = compiler_options(), map(jax.random.key, itertools.count(2))
 
@@ -100,7 +108,9 @@ def best_times(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
     return best
 
 
-def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
+def throughput(
+    build: Callable, data: Any, pairs: int, length: int, rounds: int
+) -> dict[str, dict]:
     """Inner steps per second of one window of all particles, for each optimizer."""
     runs = {
         name: window(o, build, data, pairs, length) for name, o in OPTIMIZERS.items()
@@ -118,7 +128,9 @@ def throughput(build, data, pairs, length, rounds) -> dict[str, dict]:
     }
 
 
-def estimator_costs(task: str, data, pairs, length, rounds) -> dict[str, dict]:
+def estimator_costs(
+    task: str, data: Any, pairs: int, length: int, rounds: int
+) -> dict[str, dict]:
     """Seconds of an estimate by each of TIMED, as train.py makes it for Metz's optimizer
     with the same pairs and windows, and the multiple of the first, PES."""
     horizon = max(Config.horizon, length)
@@ -136,7 +148,13 @@ def estimator_costs(task: str, data, pairs, length, rounds) -> dict[str, dict]:
 
 
 def compare(
-    folder, build, data, pairs, length, rounds, horizon=2000
+    folder: str | pathlib.Path,
+    build: Callable,
+    data: Any,
+    pairs: int,
+    length: int,
+    rounds: int,
+    horizon: int = 2000,
 ) -> dict[str, dict]:
     """PES with the blackbox optimizer, here and by the library in `folder`, in one run:
     inner steps per second, and how many times as many are done here."""
@@ -153,7 +171,9 @@ def compare(
     }
 
 
-def growth(build, data, rounds, grid) -> dict[str, dict]:
+def growth(
+    build: Callable, data: Any, rounds: int, grid: dict[str, tuple]
+) -> dict[str, dict]:
     """Seconds of a STAR meta-step against particles, truncation K and horizon T, each from
     4 pairs, K = 50, T = 2,000, with the slope of the log-log line through them; particles
     and K are to cost in proportion, T nothing."""
@@ -172,12 +192,14 @@ def growth(build, data, rounds, grid) -> dict[str, dict]:
     return table
 
 
-def log_slope(x, y) -> float:
+def log_slope(x: Any, y: Any) -> float:
     """b of y = a x^b, by least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def update_times(shape, rounds, repeats=20) -> dict[str, float]:
+def update_times(
+    shape: tuple[int, ...], rounds: int, repeats: int = 20
+) -> dict[str, float]:
     """Microseconds of one update of one tensor, inside a jitted loop of `repeats`."""
     calls = {}
     for name in ("adam", "blackbox", "star"):
@@ -241,7 +263,7 @@ def table(heading: str, rows: dict[str, dict], **columns: str) -> None:
         print(f"{name:>{wide}} {cells}")
 
 
-def plot(path, results: dict) -> None:
+def plot(path: pathlib.Path, results: dict) -> None:
     """Left, inner steps per second; middle, one update by size; right, growth."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -270,7 +292,7 @@ def plot(path, results: dict) -> None:
     plt.close(figure)
 
 
-def measure(args, data) -> dict[str, dict]:
+def measure(args: argparse.Namespace, data: Any) -> dict[str, dict]:
     """All that main prints and writes; prints each table when it is there."""
     rounds = 2 if args.quick else 8
     pairs, length = args.particles, args.truncation
@@ -309,7 +331,7 @@ def measure(args, data) -> dict[str, dict]:
     return results
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -336,7 +358,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.against:
         against.check(args.against)

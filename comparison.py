@@ -10,8 +10,8 @@ import io
 import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ def general_name(entry: Entry) -> str:
     return entry.settings.get("optimizer", entry.name)
 
 
-def trained(path) -> Contestant:
+def trained(path: str | pathlib.Path) -> Contestant:
     """The theta in the file, named by its optimizer and its folder or file.
 
     Raises UserError for a file that holds none."""
@@ -101,7 +101,7 @@ def shipped(task: str, name: str, steps: int) -> dict | None:
     return found.get(steps) or (found[max(found)] if found else None)
 
 
-def baseline(task: str, name: str, steps: int, data, about: dict) -> Contestant:
+def baseline(task: str, name: str, steps: int, data: Any, about: dict) -> Contestant:
     """A hand-designed optimizer at its shipped hyperparameters; where there are none for
     the task and these very data, at the best of a search made here, on a seed of its own.
 
@@ -125,7 +125,14 @@ def baseline(task: str, name: str, steps: int, data, about: dict) -> Contestant:
     return Contestant(label, BASELINES[name], as_theta(theta), settings)
 
 
-def run(contestant: Contestant, build, data, seeds: int, steps: int, report=None):
+def run(
+    contestant: Contestant,
+    build: Callable,
+    data: Any,
+    seeds: int,
+    steps: int,
+    report: Callable | None = None,
+) -> Entry:
     """Its training curves on `seeds` fresh seeds, the same for every contestant."""
     every = thinning(steps)
     keys = jax.random.split(jax.random.key(EVALUATION_SEED), seeds)
@@ -196,7 +203,7 @@ def row(entry: Entry, task: str = "", dataset: str = "") -> dict:
     }
 
 
-def mean_and_spread(values):
+def mean_and_spread(values: np.ndarray) -> tuple[float | None, float | None]:
     """(mean, sample standard deviation), None where there are too few values."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else None
     return (float(values.mean()), spread) if len(values) else (None, None)
@@ -233,7 +240,13 @@ def summary(table: list[dict]) -> list[dict]:
     return lines
 
 
-def on_task(task: str, request: Request, folder: pathlib.Path, log=say, resume=True):
+def on_task(
+    task: str,
+    request: Request,
+    folder: pathlib.Path,
+    log: Callable = say,
+    resume: bool = True,
+) -> tuple[list[Entry], dict]:
     """(entries, about the data): every optimizer of the request on the task.
 
     folder: where `save` puts the results, after each optimizer; the next call with the same
@@ -266,7 +279,11 @@ def on_task(task: str, request: Request, folder: pathlib.Path, log=say, resume=T
 
 
 def on_tasks(
-    names, request: Request, folder: pathlib.Path, log=say, drawn=None
+    names: Sequence[str],
+    request: Request,
+    folder: pathlib.Path,
+    log: Callable = say,
+    drawn: Callable | None = None,
 ) -> dict:
     """{task: (entries, about)}, each task's files in a folder of its own, with the time
     left, told from the tasks done. drawn: (folder, task, entries, about), after each."""
@@ -318,7 +335,13 @@ def cost(task: str, request: Request) -> float:
 # Files
 
 
-def save(folder, arguments: dict, about: dict, entries: list[Entry], table) -> None:
+def save(
+    folder: pathlib.Path,
+    arguments: dict,
+    about: dict,
+    entries: list[Entry],
+    table: list[dict],
+) -> None:
     """curves.csv, table.csv and, last, results.json, which says that all are there."""
     folder.mkdir(parents=True, exist_ok=True)
     every = entries[0].every
@@ -347,7 +370,7 @@ def save(folder, arguments: dict, about: dict, entries: list[Entry], table) -> N
     )
 
 
-def saved(folder, arguments: dict):
+def saved(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | None:
     """(entries, about) that `save` wrote for these arguments; None where it did not."""
     try:
         results = json.loads((folder / "results.json").read_text())
@@ -368,12 +391,12 @@ def saved(folder, arguments: dict):
     return entries, about
 
 
-def save_table(path, table: list[dict]) -> None:
+def save_table(path: pathlib.Path, table: list[dict]) -> None:
     names = list(dict.fromkeys(name for line in table for name in line))
     write_csv(path, [names, *([line.get(name) for name in names] for line in table)])
 
 
-def write_csv(path, lines) -> None:
+def write_csv(path: pathlib.Path, lines: list[list]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(lines)
     write_atomically(path, lambda f: f.write(text.getvalue().encode()))

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +29,12 @@ AXIS = "particles"
 SPLIT, WHOLE = P(AXIS), P()
 
 
-def join(coordinator, num_processes, process_id, timeout: int) -> None:
+def join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout: int,
+) -> None:
     """Meet the other processes (None: as SLURM, Kubernetes or the environment say).
 
     Call before anything else of JAX. Only process 0 prints. A process without a sign of
@@ -52,7 +57,7 @@ def join(coordinator, num_processes, process_id, timeout: int) -> None:
 
 
 @contextlib.contextmanager
-def one_line_if_lost(line: str):
+def one_line_if_lost(line: str) -> Iterator[None]:
     """Where the run ends because another process is lost: the line on stderr, not a trace.
 
     Either a collective fails, here: exit code 1. Or the runtime aborts this process from a
@@ -115,7 +120,7 @@ def mesh_of(per_process: int) -> Mesh | None:
     return Mesh(np.array(row), (AXIS,))
 
 
-def place(tree, mesh: Mesh | None, spec=WHOLE):
+def place(tree: Any, mesh: Mesh | None, spec: P = WHOLE) -> Any:
     """The tree on the mesh: SPLIT along the first axis of its leaves, or WHOLE on each.
 
     Every process must hold the same tree; unchanged where the mesh is None.
@@ -130,14 +135,14 @@ def place(tree, mesh: Mesh | None, spec=WHOLE):
     return jax.tree.map(one, tree)
 
 
-def fetch(tree):
+def fetch(tree: Any) -> Any:
     """The whole tree in the memory of every host; all processes must call this."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)
 
 
-def mean_by_sum(grads, metrics):
+def mean_by_sum(grads: Any, metrics: dict) -> tuple[Any, dict]:
     """`estimators.mean_of_particles` of all devices by one sum, for `shard_map`.
 
     The squared deviations of N = n D particles are those within the n of each of D

@@ -10,6 +10,7 @@ interrupted, and draws an overview. `--figure NAME` draws a figure of a paper in
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import comparison
 import figures
@@ -20,7 +21,9 @@ from store import Arguments, UserError, only_run_in, run_command, save_json
 from tasks import SUITES, TASKS
 
 
-def evaluate(args, request: comparison.Request, folder: pathlib.Path) -> int:
+def evaluate(
+    args: argparse.Namespace, request: comparison.Request, folder: pathlib.Path
+) -> int:
     if args.task in SUITES:
         names, drawn = SUITES[args.task], figures_star.save_task
         results = comparison.on_tasks(names, request, folder, drawn=drawn)
@@ -47,7 +50,7 @@ def evaluate(args, request: comparison.Request, folder: pathlib.Path) -> int:
     return 0
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +109,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     folder = pathlib.Path(args.out or f"runs/eval-{args.figure or args.task}")
     if not args.figure and args.theta is None:

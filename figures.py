@@ -5,7 +5,9 @@ NAME to (compute: args of the command line -> result, title, about; plot: result
 -> figure). What a result holds under "curves" is drawn, not written.
 """
 
+import argparse
 import json
+from typing import Any
 
 import jax
 import matplotlib
@@ -27,7 +29,7 @@ from tasks import TASKS
 BETA3 = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0)
 
 
-def compute_betas(build, data, steps: int, theta_seeds: int) -> dict:
+def compute_betas(build: Any, data: Any, steps: int, theta_seeds: int) -> dict:
     """What beta3 does before any meta-training: losses of untrained networks.
 
     Returns mean_loss (beta3, theta seeds) over the first `steps` inner steps, in nats and
@@ -47,7 +49,7 @@ def compute_betas(build, data, steps: int, theta_seeds: int) -> dict:
     return {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
 
 
-def plot_betas(result: dict, plt):
+def plot_betas(result: dict, plt: Any) -> Any:
     """Left: the loss over inner time. Right: its mean against beta3, a dot per theta."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for i, (beta3, losses) in enumerate(zip(BETA3, result["curves"], strict=True)):
@@ -69,7 +71,7 @@ def plot_betas(result: dict, plt):
     return figure
 
 
-def _betas(args):
+def _betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
     name = "fmnist_small" if args.quick else "fmnist"
     data, about = TASKS[name].load(args.data, args.data_dir)
     steps = 100 if args.quick else 500
@@ -90,7 +92,7 @@ FIGURES = {
 }
 
 
-def _finite(values):
+def _finite(values: Any) -> Any:
     """Nested lists and dicts, with None for nan and inf, which JSON does not have."""
     if values is None or isinstance(values, str):
         return values
@@ -101,7 +103,7 @@ def _finite(values):
     return float(values) if np.isfinite(values) else None
 
 
-def draw(args, folder) -> int:
+def draw(args: argparse.Namespace, folder: Any) -> int:
     """Compute, print, save and plot args.figure; args as `eval.parse` gives them."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -4,10 +4,12 @@
 `modes_star` (figures.py keeps the list). The trained GRU optimizers are in weights/.
 """
 
+import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,9 @@ def is_rate(name: str) -> bool:
     return name == "learning_rate"
 
 
-def draw_configurations(tuned: Tuned, count: int, seed: int) -> dict[str, np.ndarray]:
+def draw_configurations(
+    tuned: Tuned, count: int, seed: int | list[int]
+) -> dict[str, np.ndarray]:
     """{name: (count,)}: rates and 1 - decay log-uniform in their ranges."""
     rng, out = np.random.default_rng(seed), {}
     for name, (low, high) in tuned.ranges.items():
@@ -91,7 +95,7 @@ def on_edge(tuned: Tuned, best: dict) -> list[str]:
     return out
 
 
-def runner(task: str, optimizer: LearnedOptimizer, chunk: int):
+def runner(task: str, optimizer: LearnedOptimizer, chunk: int) -> Callable:
     """(thetas: leaves (N, ...), keys (N,)) -> losses (N, STEPS): one run for each pair.
 
     One compiled program takes `chunk` runs side by side. Losses are those before each
@@ -120,11 +124,11 @@ def runner(task: str, optimizer: LearnedOptimizer, chunk: int):
     return losses
 
 
-def repeat(theta, count: int):
+def repeat(theta: Any, count: int) -> Any:
     return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], count, 0), theta)
 
 
-def test_keys(count: int):
+def test_keys(count: int) -> jax.Array:
     return jax.random.split(jax.random.key(TEST_SEED), count)
 
 
@@ -174,13 +178,13 @@ def describe(best: dict) -> str:
     return ", ".join(f"{key} {x:.4g}" for key, x in best.items())
 
 
-def theta_losses(task: str, optimizer, theta, tests: int) -> np.ndarray:
+def theta_losses(task: str, optimizer: Any, theta: Any, tests: int) -> np.ndarray:
     """(tests, STEPS): losses of one theta on the test problems."""
     losses = runner(task, optimizer, 8 if task == "two_moons" else tests)
     return losses(repeat(theta, tests), test_keys(tests))
 
 
-def mean_and_error(x) -> tuple[float, float]:
+def mean_and_error(x: np.ndarray) -> tuple[float, float]:
     x = np.asarray(x, np.float64)
     return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
 
@@ -204,7 +208,7 @@ def compute_maps(task: str, size: Size) -> dict:
     }
 
 
-def plot_maps(result: dict, plt):
+def plot_maps(result: dict, plt: Any) -> Any:
     """A dot for each configuration, dark for good, one colour scale; a star: the best."""
     pairs = [
         ("momentum", "learning_rate", "momentum"),
@@ -252,7 +256,7 @@ def plot_maps(result: dict, plt):
 # --- figure 9: performance
 
 
-def shipped(task: str):
+def shipped(task: str) -> tuple[dict, Any, dict]:
     """(theta, optimizer, card) of the trained GRU for a task."""
     path = WEIGHTS / f"gru_{task}.npz"
     trained = load_theta(path)
@@ -289,7 +293,7 @@ def compute_9(quick: bool) -> dict:
     }
 
 
-def plot_9(result: dict, plt):
+def plot_9(result: dict, plt: Any) -> Any:
     """A panel for each task; error bars are standard errors over problems."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     names = result["optimizer"]
@@ -318,7 +322,7 @@ KEPT = 1, 3  # modes of the reduced optimizers in figure 7c
 STAGES = {"early": "gru_linear_regression_early", "trained": "gru_linear_regression"}
 
 
-def stage(name: str):
+def stage(name: str) -> tuple[dict, Any, int]:
     """(theta, optimizer, meta-steps) of a stage of meta-training."""
     path = WEIGHTS / f"{STAGES[name]}.npz"
     trained = load_theta(path)
@@ -380,7 +384,7 @@ def compute_7(quick: bool, curves: bool) -> dict:
     return result | rows
 
 
-def plot_7a(result: dict, plt):
+def plot_7a(result: dict, plt: Any) -> Any:
     """Eigenvalues of the Jacobian at the fixed point; colour: the long-run step."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
@@ -418,11 +422,11 @@ def long_run(modes: dynamics.Modes) -> np.ndarray:
     return np.abs(modes.learning_rate / (1 - modes.momentum))
 
 
-def _stage_title(result, i):
+def _stage_title(result: dict, i: int) -> str:
     return f"{result['stage'][i]}: {result['meta_steps'][i]} meta-steps"
 
 
-def plot_7b(result: dict, plt):
+def plot_7b(result: dict, plt: Any) -> Any:
     """Momentum and learning rate of each mode; the stars: tuned momentum and theory."""
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 4.2), layout="constrained", sharey=True
@@ -460,7 +464,7 @@ def plot_7b(result: dict, plt):
     return figure
 
 
-def plot_7c(result: dict, plt):
+def plot_7c(result: dict, plt: Any) -> Any:
     """Mean losses over the test problems: the optimizer and what is left of it."""
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 4.4), layout="constrained", sharey=True
@@ -486,7 +490,7 @@ def plot_7c(result: dict, plt):
 # --- STAR under the same lens
 
 
-def compute_modes_star(data, snapshots, entries: int) -> dict:
+def compute_modes_star(data: Any, snapshots: tuple[int, ...], entries: int) -> dict:
     """Learning rates of STAR's three running means of the gradient, along one run.
 
     The shipped STAR trains the network of its own task, seed 0. At each snapshot, `entries`
@@ -548,7 +552,7 @@ def compute_modes_star(data, snapshots, entries: int) -> dict:
     }
 
 
-def plot_modes_star(result: dict, plt):
+def plot_modes_star(result: dict, plt: Any) -> Any:
     """Learning rate by timescale, a dot for each parameter, a colour for each snapshot."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     alpha, times = result["curves"]["alpha"], result["timescale"]
@@ -580,22 +584,24 @@ def plot_modes_star(result: dict, plt):
     return figure
 
 
-def _gru_7(args, curves, title):
+def _gru_7(
+    args: argparse.Namespace, curves: bool, title: str
+) -> tuple[dict, str, dict]:
     result = compute_7(args.quick, curves)
     return result, f"GRU on linear regression: {title}", ABOUT
 
 
-def _gru_9(args):
+def _gru_9(args: argparse.Namespace) -> tuple[dict, str, dict]:
     return compute_9(args.quick), "mean loss over 200 steps, fresh problems", ABOUT
 
 
-def _maps(task, args):
+def _maps(task: str, args: argparse.Namespace) -> tuple[dict, str, dict]:
     result = compute_maps(task, size_of(task, args.quick))
     count = result["configurations"]
     return result, f"{TITLES[task]}: {count} configurations each", ABOUT
 
 
-def _modes_star(args):
+def _modes_star(args: argparse.Namespace) -> tuple[dict, str, dict]:
     spec = TASKS["fmnist"]
     data, about = spec.load(args.data, args.data_dir)
     snapshots, entries = ((10, 50), 8) if args.quick else ((10, 100, 1000, 3000), 64)

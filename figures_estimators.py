@@ -5,7 +5,9 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,14 @@ LENGTHS = (3, 5, 10, 20, 50, 100, 200)
 SIZES = (8, 32, 128)  # pairs in a merge
 
 
-def compute_variances(build, data, lengths, pairs: int, sizes, sigma=0.01):
+def compute_variances(
+    build: Callable,
+    data: Any,
+    lengths: tuple[int, ...],
+    pairs: int,
+    sizes: tuple[int, ...],
+    sigma: float = 0.01,
+) -> dict:
     """Variance of the gradient of one pair by unroll length: BPTT, ES and their merge.
 
     theta: log learning rate and logit of momentum of SGD, held at RATES and 0.9; each of
@@ -71,14 +80,14 @@ def compute_variances(build, data, lengths, pairs: int, sizes, sigma=0.01):
     }
 
 
-def total_variance(grads) -> float:
+def total_variance(grads: jax.Array) -> float:
     """(n, size of theta) -> the variance over n, summed over theta; inf for no number."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.asarray(grads, np.float64).var(0, ddof=1).sum()
     return float(total) if np.isfinite(total) else np.inf
 
 
-def merged_variance(grads: dict, size: int, resamples=4000) -> float:
+def merged_variance(grads: dict, size: int, resamples: int = 4000) -> float:
     """Variance of the merge of `size` pairs, drawn `resamples` times, with replacement,
     from the pairs at hand: {name: (pairs, size of theta)}."""
     pairs = len(grads["bptt"])
@@ -93,7 +102,9 @@ def merged_variance(grads: dict, size: int, resamples=4000) -> float:
     )
 
 
-def meta_train(config: settings.Config, data):
+def meta_train(
+    config: settings.Config, data: Any
+) -> tuple[train.TrainState, dict, float]:
     """(state, metrics: dict of (meta-steps,), seconds): a run of train.py's meta-step."""
     state = train.init_state(config, data)
     step_fn = train.compile_meta_step(config, data, state)
@@ -107,7 +118,7 @@ def meta_train(config: settings.Config, data):
     return state, metrics, time.perf_counter() - begin
 
 
-def base_config(quick: bool, **changes) -> settings.Config:
+def base_config(quick: bool, **changes: Any) -> settings.Config:
     """Metz's recipe (D.3) at a scale of minutes: fmnist_small, the unroll from 10 to 200
     inner steps of T = 500, jitter 20 %, 4 pairs. quick: a twin that takes seconds, with
     two meta-parameters, which shows that it runs and nothing else."""
@@ -126,7 +137,7 @@ def base_config(quick: bool, **changes) -> settings.Config:
     return dataclasses.replace(settings.Config(), **recipe)
 
 
-def compute_4(data, quick: bool) -> dict:
+def compute_4(data: Any, quick: bool) -> dict:
     """Figure 4: variances by unroll length, and while the MLP optimizer is trained."""
     build = TASKS["fmnist_small"].build
     if quick:
@@ -148,7 +159,7 @@ def compute_4(data, quick: bool) -> dict:
     }
 
 
-def plot_4(result: dict, plt):
+def plot_4(result: dict, plt: Any) -> Any:
     """Left and middle: by unroll length, at two rates. Right: over meta-training."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     names = {"bptt": "backpropagation", "es": "evolution strategies"}
@@ -196,7 +207,7 @@ ABLATIONS = {
 }
 
 
-def compute_8(data, quick: bool, seeds: int = 1) -> dict:
+def compute_8(data: Any, quick: bool, seeds: int = 1) -> dict:
     """Figure 8, small: Metz's recipe with one thing changed, at equal meta-steps.
 
     Returns ablation names (A,), fresh_loss (A, seeds): mean training loss over T of the
@@ -226,7 +237,7 @@ def compute_8(data, quick: bool, seeds: int = 1) -> dict:
     }
 
 
-def plot_8(result: dict, plt):
+def plot_8(result: dict, plt: Any) -> Any:
     """Left: meta-losses (EMA 0.95) over meta-steps. Right: the trained thetas."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for i, (name, curves) in enumerate(
@@ -248,7 +259,7 @@ def plot_8(result: dict, plt):
     return figure
 
 
-def _on_fmnist_small(compute, name: str):
+def _on_fmnist_small(compute: Callable, name: str) -> Callable:
     def run(args):
         data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
         title = f"Metz et al. 2019, {name}: {about['dataset']}"

@@ -11,6 +11,8 @@ head zero too it is the plain nominal step, and exp(beta2 m_g) is the ratio of t
 Which of the 202 numbers matter is asked likewise: zero them and train again.
 """
 
+import argparse
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -50,7 +52,7 @@ PERCENTILES = (10, 50, 90)
 # Thetas with something taken out
 
 
-def without_features(theta, *rows: slice) -> dict:
+def without_features(theta: dict, *rows: slice) -> dict:
     """theta with these rows of w0 zero: the network no longer sees those features."""
     w0 = theta["w0"]
     for these in rows:
@@ -58,19 +60,19 @@ def without_features(theta, *rows: slice) -> dict:
     return theta | {"w0": w0}
 
 
-def without_heads(theta, *heads: int) -> dict:
+def without_heads(theta: dict, *heads: int) -> dict:
     """theta whose network answers 0 there, whatever it sees."""
     columns = np.array(heads, int)
     silent = {name: theta[name].at[..., columns].set(0) for name in ("w2", "b2")}
     return theta | silent
 
 
-def without_decays(theta) -> dict:
+def without_decays(theta: dict) -> dict:
     """theta with the hand-chosen decays of the constants: all offsets zero."""
     return theta | {name: jnp.zeros_like(theta[name]) for name in DECAYS}
 
 
-def parts_of_theta(theta) -> dict[str, dict]:
+def parts_of_theta(theta: dict) -> dict[str, dict]:
     """Name of what is taken out -> theta without it; coarser than FEATURES.
 
     Without heads and decay offsets nothing learned is left: the plain nominal step.
@@ -107,7 +109,7 @@ class Parts(NamedTuple):
     plain: Any  # the nominal step at multiplier 1
 
 
-def recording(optimizer) -> LearnedOptimizer:
+def recording(optimizer: Any) -> LearnedOptimizer:
     """The same optimizer, whose state is (its own state, Asked of the last update)."""
 
     def init(params):
@@ -122,7 +124,7 @@ def recording(optimizer) -> LearnedOptimizer:
     return LearnedOptimizer(optimizer.init_theta, init, update)
 
 
-def take_apart(optimizer, theta, asked: Asked) -> Parts:
+def take_apart(optimizer: Any, theta: dict, asked: Asked) -> Parts:
     """The parts of the update that the optimizer makes when it is asked this."""
     silent = ((), (DIRECTION,), (DIRECTION, NOMINAL_MAGNITUDE))
     thetas = [without_heads(theta, *heads) for heads in silent]
@@ -132,12 +134,12 @@ def take_apart(optimizer, theta, asked: Asked) -> Parts:
     return Parts(whole, nominal, jax.tree.map(jnp.subtract, whole, nominal), plain)
 
 
-def cosine(x, y):
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """() of the angle between two arrays; nan where one is zero."""
     return jnp.vdot(x, y) / (jnp.linalg.norm(x.ravel()) * jnp.linalg.norm(y.ravel()))
 
 
-def measure(optimizer, theta, asked: Asked) -> dict:
+def measure(optimizer: Any, theta: dict, asked: Asked) -> dict:
     """Numbers of one update, each with an entry per tensor, in the order of the leaves.
 
     multiplier (tensors, 3): 10 %, 50 % and 90 % of exp(beta2 m_g) over the elements whose
@@ -163,7 +165,15 @@ def measure(optimizer, theta, asked: Asked) -> dict:
     return jax.tree.map(lambda *x: jnp.stack(x), *numbers)
 
 
-def follow(build, data, optimizer, theta, keys, at, report=None) -> dict:
+def follow(
+    build: Callable,
+    data: Any,
+    optimizer: Any,
+    theta: dict,
+    keys: jax.Array,
+    at: list[int],
+    report: Callable | None = None,
+) -> dict:
     """`measure` of updates number `at` (ascending, from 1): (points, seeds, tensors, ...).
 
     build: (data, key) -> Task. keys: (seeds,), runs as `inner.curves` makes them of these.
@@ -210,7 +220,7 @@ def log_spaced(steps: int) -> list[int]:
     return [n for n in dict.fromkeys(series) if n <= steps]
 
 
-def tensor_names(params) -> list[str]:
+def tensor_names(params: Any) -> list[str]:
     """Such as "w1 784x128": layers from 1; paths of deeper trees as they are."""
     names = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
@@ -221,7 +231,15 @@ def tensor_names(params) -> list[str]:
     return names
 
 
-def compute_learned(build, data, optimizer, theta, seeds: int, steps, far) -> dict:
+def compute_learned(
+    build: Callable,
+    data: Any,
+    optimizer: Any,
+    theta: dict,
+    seeds: int,
+    steps: int,
+    far: int,
+) -> dict:
     """Updates taken apart up to step `far`, and what `steps` steps lose without a part.
 
     Returns tensors, their names; numbers of `measure` at powers of ten (at, tensors, ...),
@@ -261,7 +279,7 @@ def compute_learned(build, data, optimizer, theta, seeds: int, steps, far) -> di
     }
 
 
-def _learned(args):
+def _learned(args: argparse.Namespace) -> tuple[dict, str, dict]:
     if args.theta and len(args.theta) > 1:
         raise UserError("--figure learned takes one --theta")
     path = args.theta[0] if args.theta else comparison.best_theta("fmnist")
@@ -284,7 +302,9 @@ def _learned(args):
     return result, f"{title}: {about['dataset']}", about
 
 
-def _draw_tensors(axes, at, names, values):
+def _draw_tensors(
+    axes: Any, at: list[int], names: list[str], values: np.ndarray
+) -> None:
     """A line per tensor: matrices solid, vectors dashed; values (points, tensors)."""
     count = {True: 0, False: 0}
     for name, line in zip(names, values.T, strict=True):
@@ -295,7 +315,7 @@ def _draw_tensors(axes, at, names, values):
     axes.set(xscale="log", xlabel="inner steps")
 
 
-def _draw_differences(axes, result):
+def _draw_differences(axes: Any, result: dict) -> None:
     """What is taken out, from top to bottom, and what the loss is then more or less."""
     features, parts = (result["loss_difference"][k] for k in ("features", "parts"))
     for i, (name, values) in enumerate({**features, **parts}.items()):
@@ -308,7 +328,7 @@ def _draw_differences(axes, result):
     axes.set_ylim(len(features) + len(parts) - 0.4, -0.6)
 
 
-def plot_learned(result: dict, plt):
+def plot_learned(result: dict, plt: Any) -> Any:
     """Over inner time: multiplier, share of the blackbox step, two cosines. Then losses."""
     figure = plt.figure(figsize=(9, 7.1), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))

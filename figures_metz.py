@@ -7,6 +7,8 @@ polynomial. The paper gives no numbers and no settings but those quoted here; ev
 docstring says what it leaves open.
 """
 
+import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,12 +30,12 @@ REACH = 4  # standard deviations after which the Gaussian is cut off
 SIZE = 64  # runs side by side in one call of the network
 
 
-def toy_loss(w):
+def toy_loss(w: Any) -> Any:
     """Section 2.3: l(w) = (w - 4)(w - 3) w^2, with minima 0 at 0 and -3.12 at 3.569."""
     return (w - 4) * (w - 3) * w**2
 
 
-def toy_run(learning_rate, momentum, steps: int):
+def toy_run(learning_rate: Any, momentum: Any, steps: int) -> jax.Array:
     """SGD with heavy-ball momentum from w_0: w_1 ... w_T (T,).
 
     m_{t+1} = mu m_t + l'(w_t),  w_{t+1} = w_t - alpha m_{t+1},  m_0 = 0.
@@ -49,7 +51,7 @@ def toy_run(learning_rate, momentum, steps: int):
     return jax.lax.scan(step, start, length=steps)[1]
 
 
-def loss_and_slope(setting, steps: int):
+def loss_and_slope(setting: Callable, steps: int) -> Callable:
     """theta () -> w_1 ... w_T, l(w_1) ... l(w_T) and d l(w_t) / d theta, each (T,).
 
     setting: theta -> (learning rate, momentum). Forward mode: one pass has every T.
@@ -68,7 +70,9 @@ def loss_and_slope(setting, steps: int):
     return both
 
 
-def smoothed(values, spacing: float, sigma=SIGMA):
+def smoothed(
+    values: np.ndarray, spacing: float, sigma: float = SIGMA
+) -> tuple[np.ndarray, np.ndarray]:
     """The variational loss and its slope from values (..., G) on a grid of theta.
 
     L_s(theta) = E L(theta + s xi),  dL_s/dtheta = E xi L(theta + s xi) / s,  xi ~ N(0, 1),
@@ -87,17 +91,17 @@ def smoothed(values, spacing: float, sigma=SIGMA):
     return along(weight), along(tilted)
 
 
-def margin(spacing: float, sigma=SIGMA) -> int:
+def margin(spacing: float, sigma: float = SIGMA) -> int:
     """Points of the grid that the Gaussian needs on either side."""
     return round(REACH * sigma / spacing)
 
 
-def slope_bound(values, sigma=SIGMA):
+def slope_bound(values: np.ndarray, sigma: float = SIGMA) -> np.ndarray:
     """(max L - min L) / (s sqrt(2 pi)) over the last axis; a step function attains it."""
     return np.ptp(values, axis=-1) / (sigma * (2 * np.pi) ** 0.5)
 
 
-def first_threshold(side, grid) -> float:
+def first_threshold(side: Callable, grid: np.ndarray) -> float:
     """Where side(theta), a bool, first changes: a grid within the grid, to a rounding."""
     sides, low, high = jax.jit(jax.vmap(side)), grid[0], grid[-1]
     while np.nextafter(low, high) < high:
@@ -110,7 +114,7 @@ def first_threshold(side, grid) -> float:
     return float(high)
 
 
-def growth_at_barrier(learning_rate, momentum) -> float:
+def growth_at_barrier(learning_rate: float, momentum: float) -> float:
     """Factor per step by which distances grow on the barrier, where l'' < 0.
 
     The larger root of x^2 - (1 + mu - alpha l'') x + mu = 0: what meta-gradients grow by
@@ -123,7 +127,7 @@ def growth_at_barrier(learning_rate, momentum) -> float:
     )
 
 
-def compute_toy(setting, grid, horizons) -> dict:
+def compute_toy(setting: Callable, grid: np.ndarray, horizons: tuple[int, ...]) -> dict:
     """The final loss of the toy against theta at each horizon T, raw and smoothed.
 
     setting: theta -> (learning rate, momentum). grid (G,): theta, evenly spaced, the
@@ -175,13 +179,13 @@ def compute_toy(setting, grid, horizons) -> dict:
     }
 
 
-def grid_for(low: float, high: float, spacing: float):
+def grid_for(low: float, high: float, spacing: float) -> np.ndarray:
     """low ... high and, beyond both, the Gaussian's margin."""
     reach, points = margin(spacing), round((high - low) / spacing)
     return low + spacing * np.arange(-reach, points + 1 + reach)
 
 
-def compute_2abc(spacing: float, learning_rate=0.01) -> dict:
+def compute_2abc(spacing: float, learning_rate: float = 0.01) -> dict:
     """Figure 2a-c: theta is the momentum, from .4 to .96; sigma in units of momentum.
 
     The paper does not give the learning rate. Any from .001 to .015 shows what it tells;
@@ -191,7 +195,7 @@ def compute_2abc(spacing: float, learning_rate=0.01) -> dict:
     return compute_toy(lambda mu: (learning_rate, mu), grid, (5, 10, 20, 40, 100))
 
 
-def compute_9(spacing: float, momentum=0.8) -> dict:
+def compute_9(spacing: float, momentum: float = 0.8) -> dict:
     """Figure 9: theta is ln(learning rate); with momentum (top) and without (bottom).
 
     The paper gives neither the momentum nor the learning rates. With .8 and rates up to
@@ -211,12 +215,14 @@ def compute_9(spacing: float, momentum=0.8) -> dict:
     return numbers | {"curves": [row["curves"] for row in rows]}
 
 
-def _colors(plt, count):
+def _colors(plt: Any, count: int) -> np.ndarray:
     """Low yellow to high purple, as the paper has it."""
     return plt.get_cmap("viridis_r")(np.linspace(0, 1, count))
 
 
-def _draw_toy(axes, plt, row: dict, name: str, transform=lambda x: x):
+def _draw_toy(
+    axes: Any, plt: Any, row: dict, name: str, transform: Callable = lambda x: x
+) -> None:
     """Four panels: the loss, w over time, the final loss, the largest slopes against T."""
     curves, horizons = row["curves"], row["horizon"]
     theta, steps = curves["theta"], curves["w"].shape[1]
@@ -268,7 +274,7 @@ def _draw_toy(axes, plt, row: dict, name: str, transform=lambda x: x):
         axis.legend(fontsize=7)
 
 
-def plot_2abc(result: dict, plt):
+def plot_2abc(result: dict, plt: Any) -> Any:
     """Figure 2a-c, and beside it how the largest slopes grow."""
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.3), layout="constrained")
     _draw_toy(axes, plt, result, "momentum")
@@ -276,7 +282,7 @@ def plot_2abc(result: dict, plt):
     return figure
 
 
-def plot_9(result: dict, plt):
+def plot_9(result: dict, plt: Any) -> Any:
     """Figure 9: a row with momentum and one without; theta = ln(learning rate)."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 8.4), layout="constrained")
     for i, row in enumerate(axes):
@@ -297,7 +303,7 @@ class Fixed(NamedTuple):
     key: Any  # for the loss; dropout, unused by most
 
 
-def fix(task, key, steps: int) -> Fixed:
+def fix(task: Any, key: jax.Array, steps: int) -> Fixed:
     init_key, batch_key, valid_key, loss_key = jax.random.split(key, 4)
     batches = jax.vmap(lambda k: task.batch(k, "train"))(
         jax.random.split(batch_key, steps)
@@ -306,7 +312,9 @@ def fix(task, key, steps: int) -> Fixed:
     return Fixed(task.init(init_key), batches, valid, loss_key)
 
 
-def train(loss, optimizer, fixed: Fixed):
+def train(
+    loss: Callable, optimizer: optax.GradientTransformation, fixed: Fixed
+) -> tuple[jax.Array, jax.Array]:
     """Losses (T,), each batch's before its update, and flat parameters (T, P) after it."""
 
     def step(carry, batch):
@@ -320,7 +328,7 @@ def train(loss, optimizer, fixed: Fixed):
     return jax.lax.scan(step, start, fixed.batches)[1]
 
 
-def side_by_side(run):
+def side_by_side(run: Callable) -> Callable:
     """Jitted: run, a function of scalars, over arrays of settings (n,), SIZE at a time.
 
     Side by side, the first layer is one large product for all runs; all at once, the
@@ -339,7 +347,9 @@ def side_by_side(run):
     return over
 
 
-def compute_2d(task, key, rates: int, steps: int, iterations) -> dict:
+def compute_2d(
+    task: Any, key: jax.Array, rates: int, steps: int, iterations: tuple[int, ...]
+) -> dict:
     """Figure 2d: Adam at learning rates log-spaced from .1469 to .1484, all else fixed.
 
     The paper: a 2-layer ReLU MLP, 40 iterations, 100 rates. It leaves open the data, the
@@ -389,7 +399,7 @@ def compute_2d(task, key, rates: int, steps: int, iterations) -> dict:
     }
 
 
-def plot_2d(result: dict, plt):
+def plot_2d(result: dict, plt: Any) -> Any:
     """Figure 2d: paths, their ends, losses, and how the sensitivity grows with the step."""
     curves = result["curves"]
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.3), layout="constrained")
@@ -430,7 +440,7 @@ class Slice(NamedTuple):
     center: tuple = (1.2, 0.9)  # learning rate and momentum; 2e keeps this momentum
 
 
-def outer_loss(task, fixed: Fixed):
+def outer_loss(task: Any, fixed: Fixed) -> Callable:
     """(ln rate, ln(1 - momentum)) -> mean loss over the first T steps, for every T (T,).
 
     Each step's loss counts at most the task's limit, and so does nan, as in meta-training.
@@ -445,7 +455,9 @@ def outer_loss(task, fixed: Fixed):
     return losses
 
 
-def compute_2ef(task, key, horizons, cut: Slice) -> dict:
+def compute_2ef(
+    task: Any, key: jax.Array, horizons: tuple[int, ...], cut: Slice
+) -> dict:
     """Figures 2e, 2f: slices of the outer loss of SGD with momentum, in theta.
 
     Deviation: the paper slices its learned optimizer, along its gradient, and shows the
@@ -514,7 +526,9 @@ def compute_2ef(task, key, horizons, cut: Slice) -> dict:
     }
 
 
-def gradient_norms(square, spacing: float):
+def gradient_norms(
+    square: np.ndarray, spacing: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(smoothed values, |gradient|, |gradient of the smoothed|) of values (..., G, G).
 
     The second by differences, the third by the Gaussian; all without the margins.
@@ -535,7 +549,7 @@ def gradient_norms(square, spacing: float):
     return across[0], norm, np.hypot(across[1], across[2])
 
 
-def plot_2ef(result: dict, plt):
+def plot_2ef(result: dict, plt: Any) -> Any:
     """Top: figure 2e, its slopes, and its smoothed form. Below: 2f, raw and smoothed."""
     curves, horizons = result["curves"], result["horizon"]
     count, rates = len(horizons), curves["rate"]
@@ -579,23 +593,23 @@ def plot_2ef(result: dict, plt):
 TOY = about_formula("(w - 4)(w - 3) w^2, drawn from its formula")
 
 
-def _figure_2abc(args):
+def _figure_2abc(args: argparse.Namespace) -> tuple[dict, str, dict]:
     result = compute_2abc(1e-3 if args.quick else 1e-4)
     return result, "Metz et al. 2019, figure 2a-c: one weight, learning rate 0.01", TOY
 
 
-def _figure_9(args):
+def _figure_9(args: argparse.Namespace) -> tuple[dict, str, dict]:
     result = compute_9(1e-3 if args.quick else 2e-4)
     return result, "Metz et al. 2019, figure 9: one weight, learning rates", TOY
 
 
-def _network(args):
+def _network(args: argparse.Namespace) -> tuple[Any, dict]:
     spec = TASKS["fmnist_small"]
     data, about = spec.load(args.data, args.data_dir)
     return spec.build(data, jax.random.key(0)), about
 
 
-def _figure_2d(args):
+def _figure_2d(args: argparse.Namespace) -> tuple[dict, str, dict]:
     task, about = _network(args)
     rates = 25 if args.quick else 100
     result = compute_2d(task, jax.random.key(1), rates, 40, (5, 10, 20, 40))
@@ -603,7 +617,7 @@ def _figure_2d(args):
     return result, title, about
 
 
-def _figure_2ef(args):
+def _figure_2ef(args: argparse.Namespace) -> tuple[dict, str, dict]:
     task, about = _network(args)
     wide = Slice((0.3, 2.0), 0.0015, 0.005, 64)
     small = Slice((0.9, 1.3), 0.003, 0.01, 16)

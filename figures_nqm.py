@@ -3,6 +3,9 @@
 `python eval.py --figure 1`, `2a`, `2b`, `2c` (figures.py keeps the list).
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +62,7 @@ def compute_1(points: int, seed: int = 29) -> dict:
     }
 
 
-def _nearest(before, after):
+def _nearest(before: np.ndarray, after: np.ndarray) -> list:
     """`after`, reordered so that each follows the eigenvalue it is closest to."""
     left, out = list(after), []
     for value in before:
@@ -67,7 +70,7 @@ def _nearest(before, after):
     return out
 
 
-def plot_1(result: dict, plt):
+def plot_1(result: dict, plt: Any) -> Any:
     """Figure 1: red circles before, blue crosses after, arrows, the unit circle."""
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.2), layout="constrained")
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
@@ -94,7 +97,7 @@ def plot_1(result: dict, plt):
     return figure
 
 
-def compute_2a(horizons, alphas: int, draws: int) -> dict:
+def compute_2a(horizons: Sequence[int], alphas: int, draws: int) -> dict:
     """Trace of the covariance of the meta-gradient at P = 0 against alpha (equation A.32).
 
     Returns alpha (A,) from 0 to 2 / lambda_max(H), horizon (T,), variance (T, A) of `draws`
@@ -131,7 +134,7 @@ def compute_2a(horizons, alphas: int, draws: int) -> dict:
     }
 
 
-def plot_2a(result: dict, plt):
+def plot_2a(result: dict, plt: Any) -> Any:
     """Figure 2a: dots sampled, lines exact; green for T = 1 to blue for the longest."""
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     horizons = result["horizon"]
@@ -149,7 +152,7 @@ def plot_2a(result: dict, plt):
     return figure
 
 
-def best_step(model: nqm.Model, steps: int):
+def best_step(model: nqm.Model, steps: int) -> tuple[np.ndarray, float]:
     """(U*, its loss): the minimum over U (n, n) of the expected meta-loss, equation 8.
 
     By L-BFGS from the diagonal, in float64. At any alpha, P* = U* - alpha I reaches it.
@@ -175,7 +178,7 @@ def best_step(model: nqm.Model, steps: int):
         return np.asarray(u), float(loss(u))
 
 
-def nqm_unroll(model: nqm.Model, alpha, steps: int) -> estimators.Unroll:
+def nqm_unroll(model: nqm.Model, alpha: Any, steps: int) -> estimators.Unroll:
     """The noisy quadratic model with theta = P as an unroll; losses at t = 1 ... T."""
     root = nqm.power(model.noise, 0.5)
 
@@ -192,7 +195,9 @@ def nqm_unroll(model: nqm.Model, alpha, steps: int) -> estimators.Unroll:
     return estimators.unroll(fresh, step, steps)
 
 
-def meta_train_nqm(meta_steps: int, steps: int, meta_learning_rate, sigma):
+def meta_train_nqm(
+    meta_steps: int, steps: int, meta_learning_rate: float, sigma: float
+) -> Callable:
     """Jitted, over lanes: (alpha, start (2, 2), clip, key) -> P by meta-step (M, 2, 2).
 
     ES with one antithetic pair, over the whole trajectory (PES with K = T, appendix B.1);
@@ -221,7 +226,9 @@ def meta_train_nqm(meta_steps: int, steps: int, meta_learning_rate, sigma):
     return jax.jit(jax.vmap(run))
 
 
-def compute_2bc(meta_steps: int, seeds: int, alphas, sigma=0.01) -> dict:
+def compute_2bc(
+    meta_steps: int, seeds: int, alphas: Sequence[float], sigma: float = 0.01
+) -> dict:
     """Meta-training P of the noisy quadratic model at T = 50, for each alpha.
 
     What the paper leaves out: meta-learning rate 1e-3, one antithetic pair a meta-step, P
@@ -278,7 +285,14 @@ def compute_2bc(meta_steps: int, seeds: int, alphas, sigma=0.01) -> dict:
     }
 
 
-def _draw_seeds(axis, values, color, style="-", label=None, transform=lambda x: x):
+def _draw_seeds(
+    axis: Any,
+    values: np.ndarray,
+    color: str,
+    style: str = "-",
+    label: str | None = None,
+    transform: Callable = lambda x: x,
+) -> None:
     """Curves (seeds, M), EMA 0.95: mean and one standard error, of what `transform` undoes.
 
     Where seeds start apart, each as a thin line instead, and their median.
@@ -297,7 +311,7 @@ def _draw_seeds(axis, values, color, style="-", label=None, transform=lambda x: 
     )
 
 
-def _settings_grid(result: dict, plt, draw_alpha):
+def _settings_grid(result: dict, plt: Any, draw_alpha: Callable) -> tuple[Any, Any]:
     """A panel for each setting of `compute_2bc`, a color for each alpha."""
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 7.5), layout="constrained", sharey="row"
@@ -315,7 +329,7 @@ def _settings_grid(result: dict, plt, draw_alpha):
     return figure, axes
 
 
-def plot_2b(result: dict, plt):
+def plot_2b(result: dict, plt: Any) -> Any:
     """Figure 2b: magnitudes of A's eigenvalues, larger dotted, smaller solid."""
     magnitudes = result["curves"]["magnitudes"]
 
@@ -335,7 +349,7 @@ def plot_2b(result: dict, plt):
     return figure
 
 
-def plot_2c(result: dict, plt):
+def plot_2c(result: dict, plt: Any) -> Any:
     """Figure 2c: the meta-loss; mean, error and EMA are of its logarithm."""
     logs = np.log(result["curves"]["loss"])
 
@@ -357,19 +371,19 @@ def plot_2c(result: dict, plt):
 QUADRATIC = about_formula("noisy quadratic model, drawn from its formula")
 
 
-def _figure_1(args):
+def _figure_1(args: Any) -> tuple[dict, str, dict]:
     result = compute_1(points=41 if args.quick else 201)
     return result, "Figure 1: eigenvalues of A before and after", QUADRATIC
 
 
-def _figure_2a(args):
+def _figure_2a(args: Any) -> tuple[dict, str, dict]:
     horizons = [t for t in HORIZONS if t <= 100] if args.quick else HORIZONS
     alphas, draws = (20, 100) if args.quick else (50, 500)
     result = compute_2a(horizons, alphas, draws)
     return result, f"Figure 2a: {draws} draws of the meta-gradient", QUADRATIC
 
 
-def _figure_2bc(args):
+def _figure_2bc(args: Any) -> tuple[dict, str, dict]:
     limit = 2 / nqm.largest(nqm.H)
     unit = 1 / limit if args.literal_alpha else limit
     alphas = [share * unit for share in PAPER_SHARES]

@@ -8,7 +8,9 @@ from log.csv, and inner training with their thetas. The others train on other ta
 import contextlib
 import csv
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import matplotlib
@@ -36,18 +38,20 @@ DECAYS = ("star_wd0", "star_wd0.1", "star_wd0.5", "star_wd1")
 MAIN = ("star_wd0.1", "star_wd0.5", "blackbox", "hyperparam")
 
 
-def smooth_steps(losses, every: int):
+def smooth_steps(losses: np.ndarray, every: int) -> np.ndarray:
     """EMA 0.98 per step of (..., points), each the mean of `every` steps."""
     return ema(losses, SMOOTHING**every)
 
 
-def draw_band(axes, x, lines, label, color):
+def draw_band(
+    axes: Any, x: np.ndarray, lines: np.ndarray, label: str, color: str
+) -> None:
     """Mean of lines (n, points) and the band from the lowest to the highest."""
     axes.plot(x, lines.mean(0), color=color, label=label, lw=1.3)
     axes.fill_between(x, lines.min(0), lines.max(0), color=color, alpha=0.2, lw=0)
 
 
-def limit_y(axes, lines, top=99.5):
+def limit_y(axes: Any, lines: list[np.ndarray], top: float = 99.5) -> None:
     """A range that shows what the curves do after their first 2 %, on a log axis."""
     values = np.concatenate([v[..., v.shape[-1] // 50 :].ravel() for v in lines])
     values = values[np.isfinite(values) & (values > 0)]
@@ -65,7 +69,7 @@ def limit_y(axes, lines, top=99.5):
     axes.tick_params(axis="y", which="both", labelsize=7)
 
 
-def draw_entries(axes, entries, title):
+def draw_entries(axes: Any, entries: list[comparison.Entry], title: str) -> None:
     """Inner training curves of one task: EMA 0.98, mean and band over seeds."""
     shown, steps = [], 0
     for i, entry in enumerate(entries):
@@ -81,7 +85,9 @@ def draw_entries(axes, entries, title):
         axes.set(xscale="log", xlim=(100, steps * 1.05))
 
 
-def save_task(folder, task: str, entries, about: dict) -> None:
+def save_task(
+    folder: pathlib.Path, task: str, entries: list[comparison.Entry], about: dict
+) -> None:
     """curves.png of one task."""
     with picture(folder / "curves.png", figsize=(7.5, 4.6)) as figure:
         axes = figure.subplots()
@@ -91,7 +97,7 @@ def save_task(folder, task: str, entries, about: dict) -> None:
         axes.legend(fontsize=8)
 
 
-def save_tasks(folder, results: dict, title: str) -> None:
+def save_tasks(folder: pathlib.Path, results: dict, title: str) -> None:
     """overview.png: {task: (entries, about)}, a panel each."""
     with picture(folder / "overview.png", figsize=panels_size(len(results))) as figure:
         draw_tasks(figure, results)
@@ -99,7 +105,7 @@ def save_tasks(folder, results: dict, title: str) -> None:
 
 
 @contextlib.contextmanager
-def picture(path, **options):
+def picture(path: pathlib.Path, **options: Any) -> Iterator[Any]:
     """A figure to draw on, which is saved as a PNG at the end."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -117,7 +123,7 @@ def panels_size(number: int) -> tuple[float, float]:
     return 3.2 * min(COLUMNS, number), 2.6 * -(-number // COLUMNS) + 0.6
 
 
-def draw_tasks(figure, results: dict) -> None:
+def draw_tasks(figure: Any, results: dict) -> None:
     """{task: (entries, about)}: a panel a task, one legend for all."""
     columns = min(COLUMNS, len(results))
     grid = figure.subplots(-(-len(results) // columns), columns, squeeze=False)
@@ -135,7 +141,7 @@ def draw_tasks(figure, results: dict) -> None:
 # Figures 3 and App. 1-4: meta-training runs and where their thetas lead
 
 
-def read_log(path) -> tuple[np.ndarray, np.ndarray]:
+def read_log(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """(meta-steps, meta-losses) of a log.csv. Raises UserError."""
     try:
         with open(path, newline="") as file:
@@ -149,7 +155,9 @@ def read_log(path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(rows).T)
 
 
-def find_runs(root, variants) -> dict[str, list[pathlib.Path]]:
+def find_runs(
+    root: pathlib.Path, variants: Sequence[str]
+) -> dict[str, list[pathlib.Path]]:
     """Variant -> folders of its seeds. Raises UserError where a variant has none."""
     runs = {}
     for name in variants:
@@ -159,7 +167,7 @@ def find_runs(root, variants) -> dict[str, list[pathlib.Path]]:
     return runs
 
 
-def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
+def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, dict]:
     """(result, about): for each variant the meta-losses, and the inner training losses
     (meta-seeds, points) with its thetas, one fresh seed each, far beyond the horizon."""
     runs = find_runs(pathlib.Path(args.runs), variants)
@@ -200,7 +208,7 @@ def compute_runs(args, variants, steps: int) -> tuple[dict, dict]:
     return result, about
 
 
-def summarize(meta, losses, every: int, card: dict) -> dict:
+def summarize(meta: list[tuple], losses: np.ndarray, every: int, card: dict) -> dict:
     """Numbers of one variant, a list over its meta-training seeds each."""
     horizon = card["recipe"]["horizon"]
     at = [n for n in (horizon, 10_000, 100_000) if n <= losses.shape[1] * every]
@@ -216,7 +224,7 @@ def summarize(meta, losses, every: int, card: dict) -> dict:
     }
 
 
-def plot_runs(result: dict, plt, individual=False):
+def plot_runs(result: dict, plt: Any, individual: bool = False) -> Any:
     """Above, meta-training; below, inner training with the thetas, horizon dashed."""
     drawn = result["curves"]
     figure, (above, below) = plt.subplots(
@@ -264,7 +272,7 @@ def plot_runs(result: dict, plt, individual=False):
     return figure
 
 
-def _runs(name, variants, steps=20_000):
+def _runs(name: str, variants: Sequence[str], steps: int = 20_000) -> Callable:
     def compute(args):
         result, about = compute_runs(args, variants, 200 if args.quick else steps)
         return result, f"STAR, figure {name}: {about['dataset']}", about
@@ -275,7 +283,7 @@ def _runs(name, variants, steps=20_000):
 # Figures 4 and App. 5-6: tasks that no theta was meta-trained on
 
 
-def _tasks(name, names, steps=2000):
+def _tasks(name: str, names: dict[bool, Sequence[str]], steps: int = 2000) -> Callable:
     """compute: the thetas of the command line, Adam and NAdamW on these tasks, which are
     files of their own in the figure's folder, resumed task by task."""
 
@@ -306,7 +314,7 @@ def _tasks(name, names, steps=2000):
     return compute
 
 
-def _plot_tasks(result: dict, plt):
+def _plot_tasks(result: dict, plt: Any) -> Any:
     size = panels_size(len(result["curves"]))
     figure = plt.figure(figsize=size, layout="constrained")
     draw_tasks(figure, result["curves"])

@@ -5,9 +5,10 @@
 layers on MNIST. `python eval.py --figure metz3` (figures.py keeps the list).
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ ADAM = hand_designed(partial(optax.adam, eps_root=1e-16), learning_rate=1e-3)
 STYLES, MARKERS = ("-", ":", "--"), "os^v"  # of starts, of window lengths
 
 
-def truncated_bptt(problem, windows, sigma, batch):
+def truncated_bptt(
+    problem: estimators.Unroll, windows: int, sigma: float, batch: Callable
+) -> estimators.Estimator:
     """Plain, as the paper has it: one run, theta not perturbed."""
     return estimators.truncated_bptt(problem, windows, 0.0, batch)
 
@@ -59,7 +62,7 @@ class Problem(NamedTuple):
     optimizer: LearnedOptimizer = ADAM  # theta is {"learning_rate": ln(learning rate)}
 
 
-def full_gradient(problem: Problem, steps: int):
+def full_gradient(problem: Problem, steps: int) -> Callable:
     """(data, ln rate, key) -> loss_t and d loss_t / d ln rate, each (T,), by forward mode.
 
     Nothing is truncated: the tangent is carried along from the first step on.
@@ -76,7 +79,9 @@ def full_gradient(problem: Problem, steps: int):
     return both
 
 
-def meta_training(make, problem: Problem, length: int, setting: Setting):
+def meta_training(
+    make: Callable, problem: Problem, length: int, setting: Setting
+) -> Callable:
     """(data, ln rate, meta-steps, meta-learning rate, key) -> two paths.
 
     The paths of ln rate before each meta-step and of its estimated gradient, nan from
@@ -114,7 +119,7 @@ def meta_training(make, problem: Problem, length: int, setting: Setting):
     return run
 
 
-def compute_metz3(problem: Problem, data, setting: Setting) -> dict:
+def compute_metz3(problem: Problem, data: Any, setting: Setting) -> dict:
     """Figure 3: outer-training, the outer loss it answers to, gradients along inner time.
 
     The paper: MNIST, two layers, Adam from 1e-3 as both optimizers, 10,000 inner steps. It
@@ -200,7 +205,7 @@ def compute_metz3(problem: Problem, data, setting: Setting) -> dict:
     }
 
 
-def plot_metz3(result: dict, plt):
+def plot_metz3(result: dict, plt: Any) -> Any:
     """Above: the rate while meta-trained, a panel for each K; the outer loss. Below: the
     gradient along inner time at each probe."""
     lengths, probes = result["lengths"], result["probes"]
@@ -218,7 +223,7 @@ def plot_metz3(result: dict, plt):
     return figure
 
 
-def _draw_paths(axis, result, i):
+def _draw_paths(axis: Any, result: dict, i: int) -> None:
     """ln rate by inner steps spent: mean over seeds and one standard error."""
     length = result["lengths"][i]
     for e, name in enumerate(result["estimators"]):
@@ -240,7 +245,7 @@ def _draw_paths(axis, result, i):
     axis.legend(fontsize=7)
 
 
-def _draw_outer_loss(axis, result):
+def _draw_outer_loss(axis: Any, result: dict) -> None:
     loss, best = result["grid_loss"], result["best_rate"]
     axis.plot(result["rates"], loss, "k.-", lw=1)
     axis.plot(best, loss.min(), "k*", ms=13, label=f"best of the grid: {best:.2g}")
@@ -258,7 +263,7 @@ def _draw_outer_loss(axis, result):
     axis.legend(fontsize=7)
 
 
-def _draw_gradients(axis, result, j):
+def _draw_gradients(axis: Any, result: dict, j: int) -> None:
     """Below 0 asks for a higher rate; the means say what all windows together ask for."""
 
     def draw(values, length, color, name, mean):
@@ -300,7 +305,7 @@ FULL = Setting(
 )
 
 
-def _figure_3(args):
+def _figure_3(args: argparse.Namespace) -> tuple[dict, str, dict]:
     spec = TASKS["mnist_small"]
     data, about = spec.load(args.data, args.data_dir)
     setting = QUICK if args.quick else FULL

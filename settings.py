@@ -9,6 +9,7 @@ import dataclasses
 import re
 import shlex
 import typing
+from collections.abc import Sequence
 
 import estimators
 import lopts
@@ -27,7 +28,7 @@ ESTIMATORS = {
 LARGEST = 2.0**127  # half of what float32 has
 
 
-def arg(default, text, **metadata):
+def arg(default: typing.Any, text: str, **metadata: typing.Any) -> typing.Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
@@ -185,7 +186,7 @@ NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "proces
 NOT_RECIPE += ("peer_timeout",)
 
 
-def parse(argv=None, description=None) -> Config:
+def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
     """The settings of a command line, checked; UserError for those that cannot work."""
     parser = Arguments(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter

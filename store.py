@@ -8,7 +8,8 @@ import os
 import pathlib
 import sys
 import zipfile
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,11 @@ class UserError(Exception):
 class Arguments(argparse.ArgumentParser):
     """argparse whose errors are a UserError: their one line, without the usage above."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def run_command(program: str, main, argv=None) -> int:
+def run_command(program: str, main: Callable, argv: Sequence[str] | None = None) -> int:
     """main(argv)'s exit code; what the user got wrong as one line and exit code 2."""
     try:
         return main(argv)
@@ -59,13 +60,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def flatten(tree) -> dict[str, np.ndarray]:
+def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Tree -> {path: array}, for `.npz`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
-def unflatten(template, arrays, where: str):
+def unflatten(template: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
     """{path: array} -> tree of the template's shapes; UserError where they differ."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     out = []
@@ -82,7 +83,7 @@ def unflatten(template, arrays, where: str):
     return treedef.unflatten(out)
 
 
-def read_npz(path) -> dict[str, np.ndarray]:
+def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
     try:
         with open(path, "rb") as raw:
@@ -101,7 +102,7 @@ def read_npz(path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read as a .npz file: {reason}") from None
 
 
-def write_atomically(path: pathlib.Path, write) -> None:
+def write_atomically(path: pathlib.Path, write: Callable) -> None:
     """write(file) to a temporary file beside path, flushed to the disk, then renamed.
 
     Raises OSError, which names the file, and then leaves what was there before.
@@ -121,7 +122,7 @@ def write_atomically(path: pathlib.Path, write) -> None:
 
 
 @contextlib.contextmanager
-def errors_name(path):
+def errors_name(path: str | pathlib.Path) -> Iterator[None]:
     """An OSError within names the path: one of a full disk has no file's name."""
     try:
         yield
@@ -130,7 +131,7 @@ def errors_name(path):
 
 
 @contextlib.contextmanager
-def only_run_in(folder):
+def only_run_in(folder: str | pathlib.Path) -> Iterator[None]:
     """The folder is this run's while it lasts; UserError where another run has it.
 
     The kernel's lock on the folder itself: it ends with the process, even by kill -9, and
@@ -153,13 +154,13 @@ def only_run_in(folder):
         os.close(handle)
 
 
-def save_json(path: pathlib.Path, value) -> None:
+def save_json(path: pathlib.Path, value: Any) -> None:
     """Written as `write_atomically` does."""
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def save_figure(path: pathlib.Path, figure, dpi: int) -> None:
+def save_figure(path: pathlib.Path, figure: Any, dpi: int) -> None:
     """A matplotlib figure as PNG, written as `write_atomically` does."""
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
 
@@ -172,7 +173,7 @@ class Trained(NamedTuple):
     constants: star.Constants | None  # None if it is not a STAR
 
 
-def load_theta(path) -> Trained:
+def load_theta(path: str | pathlib.Path) -> Trained:
     """A theta of STAR or of `lopts.LEARNED`; UserError for whatever is wrong with it."""
     name = read_card(path).get("optimizer")
     if not isinstance(name, str) or name not in lopts.LEARNED:
@@ -197,7 +198,7 @@ def load_theta(path) -> Trained:
     return Trained(theta, optimizer, None)
 
 
-def read_card(path) -> dict:
+def read_card(path: str | pathlib.Path) -> dict:
     """The card inside a theta's `.npz`; {} where it has none."""
     try:
         card = json.loads(str(read_npz(path).get("card", "{}")))
@@ -206,7 +207,7 @@ def read_card(path) -> dict:
     return card if isinstance(card, dict) else {}
 
 
-def minutes_spent(path) -> float:
+def minutes_spent(path: str | pathlib.Path) -> float:
     """On the theta of this file, by its card; UserError where that is no number."""
     minutes = read_card(path).get("minutes", 0)
     if not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:

@@ -12,6 +12,7 @@ here go to train.py, the same for every run: python sweep.py --steps 1000 --pres
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import figures_star
@@ -42,7 +43,7 @@ VARIANTS = {
 }
 
 
-def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = Arguments(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,13 +63,13 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     return args, ["--preset", "noise_reuse", *rest]
 
 
-def finished(folder) -> bool:
+def finished(folder: pathlib.Path) -> bool:
     """Whether train.py went to the end there: its last card has fresh runs."""
     theta = folder / "theta.npz"
     return theta.exists() and "fresh_loss" in read_card(theta)
 
 
-def ship(root: pathlib.Path, target: pathlib.Path, every=10) -> None:
+def ship(root: pathlib.Path, target: pathlib.Path, every: int = 10) -> None:
     """Of each finished run in `root`: theta and card, and every tenth row of its log, the
     mean over the ten meta-steps that end there."""
     for folder in sorted(path.parent for path in root.glob("*-seed*/theta.npz")):
@@ -94,7 +95,7 @@ def ship(root: pathlib.Path, target: pathlib.Path, every=10) -> None:
         write_atomically(to / "log.csv", lambda f, text=text: f.write(text.encode()))
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parse(argv)
     root = pathlib.Path(args.out or f"runs/sweep-{args.task}")
     runs = [(name, seed) for seed in range(args.seeds) for name in args.only]

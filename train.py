@@ -16,6 +16,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class TrainState(NamedTuple):
     particles: Any  # state of the estimator
 
 
-def optimizer_of(config: Config):
+def optimizer_of(config: Config) -> tuple[Any, star.Constants | None]:
     """(what is meta-trained, its constants with those of --beta1 .. in them; None if not
     a STAR)."""
     if config.optimizer in lopts.LEARNED:
@@ -98,7 +99,7 @@ def shortest_windows(config: Config) -> int:
     return max(1, round(config.start_horizon * (config.horizon // config.truncation)))
 
 
-def windows_at(config: Config, step):
+def windows_at(config: Config, step: Any) -> jax.Array:
     """Windows in a trajectory at this meta-step: doubles in equal stages up to T / K."""
     full, start = config.horizon // config.truncation, shortest_windows(config)
     if config.horizons == "log-uniform":
@@ -108,7 +109,7 @@ def windows_at(config: Config, step):
     return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), full).astype(jnp.int32)
 
 
-def unroll_at(config: Config, step):
+def unroll_at(config: Config, step: Any) -> jax.Array:
     """Windows of a meta-gradient at this meta-step, before jitter and rounding; float."""
     most = (config.unroll or config.truncation) / config.truncation
     start = (config.start_unroll or config.truncation) / config.truncation
@@ -120,7 +121,9 @@ def unroll_at(config: Config, step):
     }[config.unroll_growth]
 
 
-def unroll_drawn(config: Config, step, key, most: int):
+def unroll_drawn(
+    config: Config, step: Any, key: jax.Array | None, most: int
+) -> jax.Array:
     """`unroll_at` with the jitter that the key draws (none without one): () int32."""
     jitter = 0.0
     if key is not None:
@@ -129,7 +132,9 @@ def unroll_drawn(config: Config, step, key, most: int):
     return jnp.clip(windows, 1, most).astype(jnp.int32)
 
 
-def build_pair(config: Config, data, step, key) -> estimators.Estimator:
+def build_pair(
+    config: Config, data: Any, step: Any, key: jax.Array | None
+) -> estimators.Estimator:
     """Task x optimizer -> unroll -> one pair; the arguments as of `build_estimator`."""
     build = partial(TASKS[config.task].build, data)
     optimizer, _ = optimizer_of(config)
@@ -146,7 +151,9 @@ def build_pair(config: Config, data, step, key) -> estimators.Estimator:
     return estimator(problem, windows, config.sigma, batch, shortest)
 
 
-def build_estimator(config: Config, data, step=0, key=None) -> estimators.Estimator:
+def build_estimator(
+    config: Config, data: Any, step: Any = 0, key: jax.Array | None = None
+) -> estimators.Estimator:
     """One pair -> N pairs, shared by the devices; data, step, key may be traced.
 
     key: for the jitter of the unroll's length; only `estimate` needs it.
@@ -166,7 +173,7 @@ def run_keys(config: Config) -> jax.Array:
     return jax.random.split(jax.random.key(config.seed), 3)
 
 
-def init_state(config: Config, data) -> TrainState:
+def init_state(config: Config, data: Any) -> TrainState:
     """The state before the first meta-step, with a theta drawn from the seed."""
     theta_key, particle_key, _ = run_keys(config)
     theta = optimizer_of(config)[0].init_theta(theta_key)
@@ -178,7 +185,9 @@ def init_state(config: Config, data) -> TrainState:
     )
 
 
-def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState, dict]:
+def meta_step(
+    config: Config, data: Any, key: jax.Array, state: TrainState
+) -> tuple[TrainState, dict]:
     """One step of meta-training. key: the run's, for all meta-steps; the step's own is
     folded in from it. Returns the next state and a dict of scalar metrics."""
     step_key = jax.random.fold_in(key, state.step)
@@ -201,7 +210,7 @@ def meta_step(config: Config, data, key, state: TrainState) -> tuple[TrainState,
     return new, metrics | {"grad_norm": optax.tree.norm(grad)}
 
 
-def compile_meta_step(config: Config, data, state: TrainState):
+def compile_meta_step(config: Config, data: Any, state: TrainState) -> Callable:
     """The jitted meta-step (data, key, state) -> (state, metrics), state donated."""
 
     def step(data, key, state):
@@ -219,14 +228,18 @@ def compile_meta_step(config: Config, data, state: TrainState):
 # The files of a run.
 
 
-def save_checkpoint(folder, config: Config, about: dict, state: TrainState) -> None:
+def save_checkpoint(
+    folder: pathlib.Path, config: Config, about: dict, state: TrainState
+) -> None:
     """checkpoint.npz: the whole state, the recipe and the checksum of the data."""
     made_with = dataclasses.asdict(config) | {"checksum": about["dataset_checksum"]}
     arrays = flatten(state) | {"made_with": np.array(json.dumps(made_with))}
     write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **arrays))
 
 
-def load_checkpoint(folder, config: Config, about: dict, template: TrainState):
+def load_checkpoint(
+    folder: pathlib.Path, config: Config, about: dict, template: TrainState
+) -> tuple[Config, TrainState]:
     """(config, state): the config gains where the run came from (--init).
 
     UserError where the file is no checkpoint of this recipe; names what differs.
@@ -256,7 +269,7 @@ def load_checkpoint(folder, config: Config, about: dict, template: TrainState):
     return config, unflatten(template, arrays, str(path))
 
 
-def save_theta(folder, card: dict, state: TrainState) -> None:
+def save_theta(folder: pathlib.Path, card: dict, state: TrainState) -> None:
     """theta.npz: theta, its card, and what `--init` needs to go on elsewhere (few KB)."""
     go_on = {"step": state.step, "meta": state.meta}
     arrays = {f"train/{name}": x for name, x in flatten(go_on).items()}
@@ -268,7 +281,7 @@ def save_theta(folder, card: dict, state: TrainState) -> None:
     save_json(folder / "theta.json", card)
 
 
-def start_from(config: Config, data, state: TrainState) -> TrainState:
+def start_from(config: Config, data: Any, state: TrainState) -> TrainState:
     """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
     path = config.init
     theta, _, theirs = load_theta(path)
@@ -323,7 +336,9 @@ class Log:
 
     fields = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")
 
-    def __init__(self, path: pathlib.Path | None, keep: int = 0, seconds: float = 0.0):
+    def __init__(
+        self, path: pathlib.Path | None, keep: int = 0, seconds: float = 0.0
+    ) -> None:
         self.path, self.rows = path, []
         if keep and path and path.exists():
             self.rows = list(self.whole_rows(path.read_text(), keep))
@@ -332,7 +347,7 @@ class Log:
         self.seconds = self.rows[-1][-1] if self.rows else seconds
         self.last = time.perf_counter()
 
-    def whole_rows(self, text: str, keep: int):
+    def whole_rows(self, text: str, keep: int) -> Iterator[list[float]]:
         """Rows up to `keep`, ending before one that a dying disk or machine cut short."""
         step = None
         for row in csv.reader(text.splitlines(keepends=True)[1:]):
@@ -346,7 +361,7 @@ class Log:
             step = row[0]
             yield row
 
-    def text(self, rows, header=False) -> bytes:
+    def text(self, rows: list[list[float]], header: bool = False) -> bytes:
         lines = [",".join(self.fields)] if header else []
         lines += [
             f"{int(row[0])}," + ",".join(f"{x:.6g}" for x in row[1:]) for row in rows
@@ -380,7 +395,7 @@ class Log:
         return round(float(np.mean(recent)), 4) if recent else None
 
 
-def inner_steps_at(config: Config, step) -> np.ndarray:
+def inner_steps_at(config: Config, step: Any) -> np.ndarray:
     """Inner steps of this meta-step, of every run of a pair; no jitter; float."""
     runs = config.particles * (2 if config.sigma else 1)
     return np.asarray(unroll_at(config, step)) * config.truncation * runs
@@ -413,7 +428,9 @@ def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
     }
 
 
-def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
+def plot(
+    folder: pathlib.Path, config: Config, log: Log, fresh: dict, about: dict
+) -> None:
     """curve.png: the meta-loss over meta-steps, with lines for scale."""
     import matplotlib
 
@@ -455,7 +472,7 @@ def plot(folder, config: Config, log: Log, fresh: dict, about: dict) -> None:
     plt.close(figure)
 
 
-def fresh_runs(config: Config, data, state: TrainState) -> dict:
+def fresh_runs(config: Config, data: Any, state: TrainState) -> dict:
     """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta, of
     an untrained one, of its nominal term alone where it has one (beta3 = 0), and of Adam
     at the best of three half orders of magnitude.
@@ -500,7 +517,7 @@ def fresh_runs(config: Config, data, state: TrainState) -> dict:
 # The command line.
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv, __doc__)
     if config.distributed:
         devices.join(
@@ -539,7 +556,14 @@ def main(argv=None) -> int:
         return run(config, folder, about, data, state, seconds)
 
 
-def run(config, folder, about, data, state, seconds) -> int:
+def run(
+    config: Config,
+    folder: pathlib.Path,
+    about: dict,
+    data: Any,
+    state: TrainState,
+    seconds: float,
+) -> int:
     """Meta-training from this state on, `seconds` of which are spent: the exit code."""
     mesh, writes = devices.mesh_of(config.devices), jax.process_index() == 0
     text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
@@ -567,7 +591,15 @@ def run(config, folder, about, data, state, seconds) -> int:
     return finish(config, folder, about, data, state, log)
 
 
-def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, bool]:
+def loop(
+    config: Config,
+    folder: pathlib.Path,
+    about: dict,
+    data: Any,
+    state: TrainState,
+    log: Log,
+    step_fn: Callable,
+) -> tuple[TrainState, bool]:
     """Meta-steps up to --steps, or to an interrupt: (state, whether it is finished)."""
     _, _, key = run_keys(config)
     pending, writes = [], jax.process_index() == 0
@@ -615,7 +647,7 @@ def loop(config, folder, about, data, state, log, step_fn) -> tuple[TrainState, 
 
 
 @contextlib.contextmanager
-def interrupts():
+def interrupts() -> Iterator[list[int]]:
     """A list that Ctrl-C fills, to look at between steps: the state of a step under way
     is donated, and cannot be saved. A second Ctrl-C stops at once."""
     asked = []
@@ -632,7 +664,14 @@ def interrupts():
         signal.signal(signal.SIGINT, before)
 
 
-def finish(config, folder, about, data, state, log) -> int:
+def finish(
+    config: Config,
+    folder: pathlib.Path,
+    about: dict,
+    data: Any,
+    state: TrainState,
+    log: Log,
+) -> int:
     """Compare on fresh seeds; the last card, the figure and the last lines."""
     fresh = fresh_runs(config, data, state)
     card = make_card(config, about, int(state.step), log)
