@@ -79,7 +79,7 @@ class Modes(NamedTuple):
 # --- linearisation
 
 
-def cell(optimizer, theta) -> tuple[Callable, np.ndarray]:
+def cell(optimizer: LearnedOptimizer, theta: Any) -> tuple[Callable, np.ndarray]:
     """(step, start): the optimizer of one scalar parameter, its state a vector.
 
     step: (h (k,), g ()) -> (h' (k,), update ()); start: (k,). The parameter is held at 0.
@@ -102,7 +102,9 @@ def cell(optimizer, theta) -> tuple[Callable, np.ndarray]:
     return step, start
 
 
-def fixed_point(f: Callable, h, iterations=100, tolerance=1e-12):
+def fixed_point(
+    f: Callable, h: jax.Array, iterations: int = 100, tolerance: float = 1e-12
+) -> tuple[np.ndarray, float]:
     """(h*, |f(h*) - h*|): Levenberg's method on the residual, from h.
 
     Each step solves (J'J + damping I) s = -J'r, and is taken where the residual falls;
@@ -126,7 +128,7 @@ def fixed_point(f: Callable, h, iterations=100, tolerance=1e-12):
     return h, float(np.linalg.norm(r))
 
 
-def linearise(optimizer, theta, settle=1000) -> Linear:
+def linearise(optimizer: LearnedOptimizer, theta: Any, settle: int = 1000) -> Linear:
     """The optimizer around the fixed point it comes to rest at when gradients are 0.
 
     settle: steps without a gradient, from its first state, before `fixed_point`. All in
@@ -200,7 +202,9 @@ def keep_modes(modes: Modes, keep: int) -> np.ndarray:
     return np.arange(keep if pairs_are_whole else keep + 1)
 
 
-def reduced(modes: Modes, keep: int | None = None, rest=True) -> LearnedOptimizer:
+def reduced(
+    modes: Modes, keep: int | None = None, rest: bool = True
+) -> LearnedOptimizer:
     """The linear optimizer of the first `keep` modes (all: the linearisation itself).
 
         y_j' = beta_j y_j - alpha_j g,   u = sum_j y_j' - direct g + u*
@@ -253,7 +257,15 @@ def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
 # --- optimizers whose state holds running means of the gradient: STAR
 
 
-def accumulator_rates(optimizer, theta, decays, grads, state, params, entries) -> Any:
+def accumulator_rates(
+    optimizer: LearnedOptimizer,
+    theta: Any,
+    decays: jax.Array,
+    grads: Any,
+    state: Any,
+    params: Any,
+    entries: Any,
+) -> Any:
     """Learning rates of running means of the gradient, for some parameters.
 
         m_k' = beta_k m_k + (1 - beta_k) g,  alpha_k = -(1 - beta_k) d u / d m_k'

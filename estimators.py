@@ -57,7 +57,9 @@ class ParticleState(NamedTuple):
     window: jax.Array  # () int32, windows done in this trajectory, or left out of it
 
 
-def unroll(fresh: Callable, step: Callable, length: int, loss_limit=None) -> Unroll:
+def unroll(
+    fresh: Callable, step: Callable, length: int, loss_limit: float | None = None
+) -> Unroll:
     """The unroll of `length` = K steps of step: (theta, carry, key) -> (carry, loss ()).
 
     loss_limit: passed to `clip_loss`, so that no loss is above it or nan. Backpropagation
@@ -74,7 +76,7 @@ def unroll(fresh: Callable, step: Callable, length: int, loss_limit=None) -> Unr
     return Unroll(fresh, run)
 
 
-def several(problem: Unroll, windows, most: int) -> Unroll:
+def several(problem: Unroll, windows: Any, most: int) -> Unroll:
     """The unroll whose run does `windows` windows of the problem in a row.
 
     windows: at most `most`; may be traced, so that one program serves every length. Losses
@@ -103,7 +105,7 @@ def several(problem: Unroll, windows, most: int) -> Unroll:
     return Unroll(problem.fresh, run, windows * problem.windows)
 
 
-def clip_loss(loss, limit):
+def clip_loss(loss: jax.Array, limit: jax.Array | float) -> jax.Array:
     """min(loss, limit), and limit for nan and -inf: a diverged run costs the limit.
 
     Both runs of a pair that has diverged cost the same, so it adds nothing to the
@@ -113,7 +115,11 @@ def clip_loss(loss, limit):
 
 
 def pes(
-    problem: Unroll, windows: int, sigma: float, batch=jax.vmap, shortest=None
+    problem: Unroll,
+    windows: Any,
+    sigma: float,
+    batch: Callable = jax.vmap,
+    shortest: Any = None,
 ) -> Estimator:
     """Persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021).
 
@@ -131,7 +137,11 @@ def pes(
 
 
 def noise_reuse_es(
-    problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None
+    problem: Unroll,
+    windows: Any,
+    sigma: float,
+    batch: Callable = jax.vmap,
+    shortest: Any = None,
 ) -> Estimator:
     """One xi for a whole trajectory (Li, Harrison et al. 2023; Vicol 2023, ES-Single).
 
@@ -142,7 +152,11 @@ def noise_reuse_es(
 
 
 def truncated_es(
-    problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None
+    problem: Unroll,
+    windows: Any,
+    sigma: float,
+    batch: Callable = jax.vmap,
+    shortest: Any = None,
 ) -> Estimator:
     """ES within each window: both runs of a pair start it from the same carry.
 
@@ -153,7 +167,9 @@ def truncated_es(
     return _antithetic(problem, windows, sigma, batch, shortest)
 
 
-def es(problem: Unroll, windows: int, sigma, batch=jax.vmap) -> Estimator:
+def es(
+    problem: Unroll, windows: int, sigma: float, batch: Callable = jax.vmap
+) -> Estimator:
     """Antithetic ES over whole trajectories (Salimans et al. 2017): T steps an estimate.
 
     The score-function gradient of Metz et al. 2019, section 3: unbiased for the loss
@@ -163,7 +179,11 @@ def es(problem: Unroll, windows: int, sigma, batch=jax.vmap) -> Estimator:
 
 
 def truncated_bptt(
-    problem: Unroll, windows, sigma=0.0, batch=jax.vmap, shortest=None
+    problem: Unroll,
+    windows: Any,
+    sigma: float = 0.0,
+    batch: Callable = jax.vmap,
+    shortest: Any = None,
 ) -> Estimator:
     """Backpropagation through each window, from a carry taken as given.
 
@@ -177,12 +197,20 @@ def truncated_bptt(
     return _antithetic(problem, windows, sigma, batch, shortest, gradient="bptt")
 
 
-def bptt(problem: Unroll, windows: int, sigma=0.0, batch=jax.vmap) -> Estimator:
+def bptt(
+    problem: Unroll, windows: int, sigma: float = 0.0, batch: Callable = jax.vmap
+) -> Estimator:
     """Backpropagation through whole trajectories, with the memory of one window."""
     return truncated_bptt(several(problem, windows, windows), windows, sigma, batch)
 
 
-def merged(problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None) -> Estimator:
+def merged(
+    problem: Unroll,
+    windows: Any,
+    sigma: float,
+    batch: Callable = jax.vmap,
+    shortest: Any = None,
+) -> Estimator:
     """Metz et al. 2019, Algorithm 1: both gradients of the same pairs.
 
     Estimates {"bptt": ..., "es": ...}: give `population` the `inverse_variance_mean` for
@@ -192,7 +220,7 @@ def merged(problem: Unroll, windows, sigma, batch=jax.vmap, shortest=None) -> Es
     return _antithetic(problem, windows, sigma, batch, shortest, gradient="both")
 
 
-def mean_of_particles(grads) -> tuple[Any, dict]:
+def mean_of_particles(grads: Any) -> tuple[Any, dict]:
     """Leaves (N, ...) -> (their mean, {"grad_noise": its standard error, all together})."""
     mean = jax.tree.map(lambda g: g.mean(0), grads)
     leaves = jax.tree.leaves(grads)
@@ -200,7 +228,7 @@ def mean_of_particles(grads) -> tuple[Any, dict]:
     return mean, {"grad_noise": jnp.sqrt(variance)}
 
 
-def mean_of_finite_particles(grads) -> tuple[Any, dict]:
+def mean_of_finite_particles(grads: Any) -> tuple[Any, dict]:
     """As `mean_of_particles`, entry by entry over those that are neither nan nor inf.
 
     For `truncated_bptt`: a run that has exploded has such a gradient, though its loss be
@@ -220,7 +248,9 @@ def mean_of_finite_particles(grads) -> tuple[Any, dict]:
     return treedef.unflatten(means), {"grad_noise": noise}
 
 
-def inverse_variance_mean(grads: dict[str, Any], floor: float = 1e-6):
+def inverse_variance_mean(
+    grads: dict[str, Any], floor: float = 1e-6
+) -> tuple[Any, dict]:
     """Each weight's mean over estimators, weighted by 1 / variance (Metz eq. 1).
 
         g = (g_rp / s_rp^2 + g_es / s_es^2) / (1 / s_rp^2 + 1 / s_es^2)
@@ -273,7 +303,10 @@ def inverse_variance_mean(grads: dict[str, Any], floor: float = 1e-6):
 
 
 def population(
-    estimator: Estimator, particles: int, batch=jax.vmap, combine=mean_of_particles
+    estimator: Estimator,
+    particles: int,
+    batch: Callable = jax.vmap,
+    combine: Callable = mean_of_particles,
 ) -> Estimator:
     """N independent particles, staggered evenly over the trajectory, and their mean.
 
@@ -318,8 +351,14 @@ def only_one(f: Callable) -> Callable:
 
 
 def _antithetic(
-    problem, windows, sigma, batch, shortest=None, memory="none", gradient="es"
-):
+    problem: Unroll,
+    windows: Any,
+    sigma: float,
+    batch: Callable,
+    shortest: Any = None,
+    memory: str = "none",
+    gradient: str = "es",
+) -> Estimator:
     """What all estimators are: a pair of runs at theta +- xi, window after window.
 
     memory of earlier perturbations: their "sum", the "one" there is, or "none" (then the
@@ -396,7 +435,9 @@ def _antithetic(
     return Estimator(init, estimate)
 
 
-def perturbed_difference(loss_pos, loss_neg, xi, sigma):
+def perturbed_difference(
+    loss_pos: jax.Array, loss_neg: jax.Array, xi: Any, sigma: float
+) -> Any:
     """xi (L(theta+xi) - L(theta-xi)) / (2 sigma^2), the antithetic estimate of one pair.
 
     The losses are () or (K,), L their mean. Their differences are averaged, since a fused
@@ -406,7 +447,7 @@ def perturbed_difference(loss_pos, loss_neg, xi, sigma):
     return jax.tree.map(lambda x: x * scale, xi)
 
 
-def _normal_like(key, tree, sigma):
+def _normal_like(key: jax.Array, tree: Any, sigma: float) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     draw = [
@@ -416,7 +457,7 @@ def _normal_like(key, tree, sigma):
     return treedef.unflatten(draw)
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     """Root of the sum of squares, without overflow on the way."""
     largest = jnp.abs(x).max()
     unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)

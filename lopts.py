@@ -42,7 +42,7 @@ class MLPState(NamedTuple):
     step: jax.Array  # () int32, updates done
 
 
-def mlp(momentum=True, time=True) -> LearnedOptimizer:
+def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
     """Metz et al. 2019, D.1: 16 features, 32 ReLU units, 610 meta-parameters.
 
         update = -1e-3 o_2 exp(1e-3 o_1),  (o_1, o_2) = network(features)
@@ -105,7 +105,7 @@ def mlp(momentum=True, time=True) -> LearnedOptimizer:
 
 
 @partial(jax.checkpoint, prevent_cse=False)
-def _layers(w0, w1, x):
+def _layers(w0: jax.Array, w1: jax.Array, x: jax.Array) -> jax.Array:
     """w1' relu(w0' x), (2, size). Backpropagation keeps x, not the hidden units: they are
     five times as much, and on a CPU sooner computed again than written and read. For its
     sake, too, all sums over the parameters are products (biases, `tensordot`)."""
@@ -115,7 +115,7 @@ def _layers(w0, w1, x):
 # --- Maheswaranathan et al. 2020, appendix B
 
 
-def gru(hidden=16, scale=1.0) -> LearnedOptimizer:
+def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
     """A gated recurrent unit on every parameter by itself, read out linearly.
 
         h' = F(h, g),  x' = x + scale w'h'          (equations 1 and 2)

@@ -23,7 +23,8 @@ Left out: Nesterov momentum; what a network's Hessian does while it trains.
 import argparse
 import ast
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +69,17 @@ def noiseless(model: Model) -> Model:
 # --- the model, simulated (equations 4 to 6)
 
 
-def loss(phi, xi, h):
+def loss(phi: jax.Array, xi: jax.Array, h: jax.Array) -> jax.Array:
     """(phi - xi)' H (phi - xi) / 2, equation 4."""
     return 0.5 * (phi - xi) @ h @ (phi - xi)
 
 
-def nominal_plus(p, alpha):
+def nominal_plus(p: np.ndarray | jax.Array, alpha: Any) -> np.ndarray | jax.Array:
     """U = alpha I + P: the nominal term g = alpha grad beside the learned P (eq. 5, 6)."""
     return alpha * np.eye(p.shape[-1], dtype=p.dtype) + p
 
 
-def draw(key, model: Model, steps: int):
+def draw(key: jax.Array, model: Model, steps: int) -> tuple[jax.Array, jax.Array]:
     """phi_0 (n,) and xi_0 ... xi_T (T + 1, n), Gaussian as the model says."""
     start_key, noise_key = jax.random.split(key)
     zero = jnp.zeros(len(model.h))
@@ -91,7 +92,9 @@ def draw(key, model: Model, steps: int):
     return phi, normal(noise_key, jnp.asarray(model.noise), (steps + 1,))
 
 
-def trajectory(u, h, phi, xi, momentum=0.0):
+def trajectory(
+    u: jax.Array, h: jax.Array, phi: jax.Array, xi: jax.Array, momentum: Any = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """Parameters (T, n) and losses (T,) at t = 1 ... T from phi_0 (n,) and xi (T + 1, n).
 
     Equation 5, step by step: the gradient at phi_t is H (phi_t - xi_t), and l(phi_t) is
@@ -113,13 +116,15 @@ def trajectory(u, h, phi, xi, momentum=0.0):
 # --- the model, exactly (equations 6 to 8)
 
 
-def system(u, h) -> System:
+def system(u: np.ndarray | jax.Array, h: np.ndarray | jax.Array) -> System:
     """A = I - U H and I - A = U H of equation 6."""
     b = u @ h
     return System(np.eye(len(h), dtype=b.dtype) - b, b)
 
 
-def momentum_system(u, h, momentum) -> System:
+def momentum_system(
+    u: np.ndarray | jax.Array, h: np.ndarray | jax.Array, momentum: Any
+) -> System:
     """The joint dynamics of (phi, velocity), 2n by 2n (section 4.4, appendix A.4):
 
     phi'      = (I - U H) phi - mu velocity + U H xi
@@ -132,7 +137,9 @@ def momentum_system(u, h, momentum) -> System:
     return System(xp.concat(rows), xp.concat([b, -b]))
 
 
-def moments(linear: System, mean, cov, noise, steps: int):
+def moments(
+    linear: System, mean: jax.Array, cov: jax.Array, noise: jax.Array, steps: int
+) -> tuple[jax.Array, jax.Array]:
     """Mean (T, d) and covariance (T, d, d) of s_t, t = 1 ... T, from those of s_0.
 
     mean' = a mean,  cov' = a cov a' + b Sigma_xi b'. With a = A, b = I - A and cov_0 = 0
@@ -148,7 +155,7 @@ def moments(linear: System, mean, cov, noise, steps: int):
     return jax.lax.scan(step, (jnp.asarray(mean), jnp.asarray(cov)), length=steps)[1]
 
 
-def expected_losses(linear: System, model: Model, steps: int):
+def expected_losses(linear: System, model: Model, steps: int) -> jax.Array:
     """E l(phi_t), t = 1 ... T, shape (T,): the terms of equation 8.
 
     Deviation: the paper's equation 8 drops the 1/2 of its equation 4; it is here.
@@ -163,12 +170,14 @@ def expected_losses(linear: System, model: Model, steps: int):
     return 0.5 * (quadratic + jnp.einsum("ij,tji->t", model.h, cov + model.noise[None]))
 
 
-def expected_loss(u, model: Model, steps: int):
+def expected_loss(u: jax.Array, model: Model, steps: int) -> jax.Array:
     """The meta-loss L(theta; T) of equation 8, with the 1/2: mean over t = 1 ... T."""
     return expected_losses(system(u, model.h), model, steps).mean()
 
 
-def meta_gradient(p, alpha, model: Model, steps: int):
+def meta_gradient(
+    p: jax.Array, alpha: Any, model: Model, steps: int
+) -> tuple[jax.Array, jax.Array]:
     """(dL/dP (n, n), dL/dalpha ()) of equation 8, exact."""
 
     def meta_loss(p, alpha):
@@ -177,7 +186,9 @@ def meta_gradient(p, alpha, model: Model, steps: int):
     return jax.grad(meta_loss, (0, 1))(p, alpha)
 
 
-def sampled_meta_gradients(u, model: Model, phi, xi):
+def sampled_meta_gradients(
+    u: jax.Array, model: Model, phi: jax.Array, xi: jax.Array
+) -> jax.Array:
     """One draw of the gradient with respect to P, for every horizon 1 ... T: (T, n, n).
 
     Differentiates the trajectory through the draws (reparameterisation), equal to what
@@ -187,7 +198,7 @@ def sampled_meta_gradients(u, model: Model, phi, xi):
     return by_step.cumsum(0) / jnp.arange(1.0, len(by_step) + 1)[:, None, None]
 
 
-def gradient_variance(u, model: Model, steps: int):
+def gradient_variance(u: jax.Array, model: Model, steps: int) -> jax.Array:
     """Trace of the covariance of `sampled_meta_gradients`, horizons 1 ... T: (T,), exact.
 
     What figure 2a samples, in closed form (not in the paper). For one entry P_ij let
@@ -225,23 +236,23 @@ def gradient_variance(u, model: Model, steps: int):
 # --- stability (Theorem 1, Lemmas 2, 3 and 5), in numpy
 
 
-def spectral_radius(a) -> np.ndarray:
+def spectral_radius(a: np.ndarray | jax.Array) -> np.ndarray:
     """rho(A) = max |eigenvalue|, of (..., d, d): (...)."""
     return np.abs(np.linalg.eigvals(np.asarray(a))).max(-1)
 
 
-def power(h, exponent: float) -> np.ndarray:
+def power(h: np.ndarray | jax.Array, exponent: float) -> np.ndarray:
     """H^exponent of a symmetric positive definite H; -1/2 is the paper's preconditioner."""
     values, vectors = np.linalg.eigh(np.asarray(h))
     return vectors * values**exponent @ vectors.T
 
 
-def largest(h) -> float:
+def largest(h: np.ndarray | jax.Array) -> float:
     """lambda_max(H) of a symmetric H."""
     return float(np.linalg.eigvalsh(np.asarray(h))[-1])
 
 
-def theorem_1(h, alpha) -> Interval:
+def theorem_1(h: np.ndarray, alpha: float) -> Interval:
     """-alpha <= lambda(P) <= 2 / lambda_max(H) - alpha  =>  rho(A) <= 1 (eq. 9, 10).
 
     Deviation: the paper asks P to be diagonalizable with real eigenvalues; that is not
@@ -255,7 +266,7 @@ def theorem_1(h, alpha) -> Interval:
     return Interval(0.0 - alpha, 2 / largest(h) - alpha)
 
 
-def lemma_2(h, alpha) -> Interval:
+def lemma_2(h: np.ndarray, alpha: float) -> Interval:
     """The same for phi' = phi - H^-1/2 (alpha I + P) grad (eq. 12, 13; P symmetric).
 
     Looser than `theorem_1` if lambda_max(H) > 1, tighter if it is below. In one line:
@@ -264,7 +275,7 @@ def lemma_2(h, alpha) -> Interval:
     return Interval(-alpha, 2 / largest(h) ** 0.5 - alpha)
 
 
-def lemma_3(h, alpha, d_max) -> Interval:
+def lemma_3(h: np.ndarray, alpha: float, d_max: np.ndarray) -> Interval:
     """For P~, so that P = diag(d) P~ is stable for all 0 < d_i <= d_max_i (eq. 15 to 17).
 
     Deviation: the paper's P~ commutes with all these diag(d), hence is diagonal; that is
@@ -277,7 +288,7 @@ def lemma_3(h, alpha, d_max) -> Interval:
     return Interval(low / float(np.max(d_max)), high / float(np.max(d_max)))
 
 
-def momentum_bound(h, alpha, momentum) -> Interval:
+def momentum_bound(h: np.ndarray, alpha: float, momentum: float) -> Interval:
     """-alpha <= lambda(P) <= 2 (1 + mu) / lambda_max(H) - alpha (section 4.4, app. A.4).
 
     Joint stability of (phi, velocity), symmetric P: an eigenvalue z of U H gives roots of
@@ -291,7 +302,7 @@ def momentum_bound(h, alpha, momentum) -> Interval:
     return Interval(-alpha, 2 * (1 + momentum) / largest(h) - alpha)
 
 
-def exact_alpha(h, p) -> Interval:
+def exact_alpha(h: np.ndarray, p: np.ndarray) -> Interval:
     """All alpha with rho(A) <= 1, for symmetric P: necessary and sufficient.
 
     rho(A) <= 1 iff 0 <= H^1/2 (alpha I + P) H^1/2 <= 2 I as matrices, that is iff
@@ -336,7 +347,7 @@ class Check(NamedTuple):
     # the first stable stretch of a grid of 4,001; None if none was found
 
 
-def check(h, p, alpha: float) -> Check:
+def check(h: np.ndarray, p: np.ndarray, alpha: float) -> Check:
     """Is phi' = phi - (alpha I + P) H phi stable, which bound is broken, what mends it?
 
     Raises ValueError unless h and p are finite n by n and h symmetric positive definite.
@@ -363,11 +374,13 @@ def check(h, p, alpha: float) -> Check:
     )
 
 
-def _symmetric(m) -> bool:
+def _symmetric(m: np.ndarray) -> bool:
     return np.abs(m - m.T).max(initial=0) <= 1e-9 * np.abs(m).max(initial=0)
 
 
-def _mend(h, p, symmetric: bool, points: int = 4001) -> Interval | None:
+def _mend(
+    h: np.ndarray, p: np.ndarray, symmetric: bool, points: int = 4001
+) -> Interval | None:
     if symmetric:
         found = exact_alpha(h, p)
         return found if found.low <= found.high else None
@@ -385,7 +398,7 @@ def _mend(h, p, symmetric: bool, points: int = 4001) -> Interval | None:
     return Interval(float(run[0]), float(run[-1]))
 
 
-def explain(h, p, alpha: float) -> str:
+def explain(h: np.ndarray, p: np.ndarray, alpha: float) -> str:
     """`check` in words, a line per step."""
     found, own = check(h, p, alpha), np.linalg.eigvals(np.asarray(p, float))
     least, most = own.real.min(), own.real.max()
@@ -427,7 +440,7 @@ def parse_matrix(text: str) -> np.ndarray:
         raise ValueError(f"not a matrix like [[1, 2], [3, 4]]: {text!r}") from None
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Is A = I - (alpha I + P) H stable?")
     paper, uphill = "[[1.11, .596], [.596, .486]]", "[[.5, -3], [0, .6]]"
     parser.add_argument("--h", default=paper, help=f"Hessian, default {paper} (A.30)")

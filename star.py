@@ -19,6 +19,7 @@ features (28 of the tensor, then 11 of time), H = 4 hidden units.
 
 import json
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ def learned_optimizer(constants: Constants = Constants()) -> LearnedOptimizer:  
     return LearnedOptimizer(init_theta, init, update)
 
 
-def init(params) -> State:
+def init(params: Any) -> State:
     """All running means at zero, for any tree of real floating-point arrays."""
 
     def zeros(shape_of):
@@ -209,7 +210,15 @@ def init(params) -> State:
     )
 
 
-def update_tensor(theta, c, time_hidden, decays, grad, param, statistics):
+def update_tensor(
+    theta: Theta,
+    c: Constants,
+    time_hidden: jax.Array,
+    decays: Decays,
+    grad: jax.Array | float,
+    param: jax.Array | float,
+    statistics: Statistics,
+) -> tuple[jax.Array, Statistics]:
     """One tensor: (the update (*P) in the parameter's dtype, its new Statistics)."""
     g, p = (jnp.asarray(x).astype(jnp.float32) for x in (grad, param))
     s = accumulate(g, decays, statistics, c)
@@ -225,7 +234,7 @@ def update_tensor(theta, c, time_hidden, decays, grad, param, statistics):
     return (-step).astype(jnp.result_type(param)), s
 
 
-def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
+def accumulate(g: jax.Array, decays: Decays, s: Statistics, c: Constants) -> Statistics:
     """mean <- decay * mean + (1 - decay) * new, for all running means of one tensor."""
 
     def ema(decay, mean, new):
@@ -244,7 +253,15 @@ def accumulate(g, decays: Decays, s: Statistics, c: Constants) -> Statistics:
     return Statistics(momentum, ema(decays.rms[0], s.rms, g2), row, col)
 
 
-def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -> list:
+def first_layer(
+    w0: jax.Array,
+    time_hidden: jax.Array,
+    g: jax.Array,
+    p: jax.Array,
+    s: Statistics,
+    inverse_v: jax.Array,
+    c: Constants,
+) -> list:
     """W0' features + b0, before its ReLU: H arrays, broadcastable to (*P).
 
     Every feature x of the tensor enters as x / sqrt(mean square of x + eps). This is the
@@ -281,7 +298,9 @@ def first_layer(w0, time_hidden, g, p, s: Statistics, inverse_v, c: Constants) -
     return hidden
 
 
-def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
+def factored(
+    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
+) -> Adafactor:
     """Adafactor features for rank 2 and more (Shazeer & Stern 2018, algorithm 4).
 
     Its 1/v factors into a number per row and one per column, over the two largest axes:
@@ -324,7 +343,9 @@ def factored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
     )
 
 
-def unfactored(w0, g, m2, s: Statistics, c: Constants) -> Adafactor:
+def unfactored(
+    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
+) -> Adafactor:
     """The same features for rank 0 and 1, from the one mean square per element, `row`."""
     grad_factors = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
     momentum_factors = rsqrt(s.row + c.vector_eps)
@@ -353,7 +374,7 @@ def head_layers(theta: Theta, hidden: list) -> list:
     return [_dot(w2[:, j], second) + b2[j] for j in range(len(b2))]
 
 
-def time_features(count) -> jax.Array:
+def time_features(count: jax.Array) -> jax.Array:
     """tanh(t / tau - 1) for 11 timescales tau, t = updates done before this one: (11,)."""
     t = jnp.asarray(count).astype(jnp.float32)
     return jnp.tanh(t / np.asarray(TIMESCALES, np.float32) - 1)
@@ -377,7 +398,7 @@ def effective_decays(theta: Theta, c: Constants) -> Decays:
     )
 
 
-def factored_axes(shape) -> tuple[int, ...]:
+def factored_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(second largest, largest) axis, of equals the later is larger; () below rank 2."""
     return tuple(
         int(i) for i in np.argsort(shape, kind="stable")[-2:] if len(shape) > 1
@@ -419,11 +440,11 @@ PRESETS = {name: learned_optimizer(c) for name, c in CONSTANTS.items()}
 def star(
     theta: Theta,
     constants: Constants = Constants(),  # noqa: B008
-    beta1=None,
-    beta2=None,
-    beta3=None,
-    beta4=None,
-):
+    beta1: Any = None,
+    beta2: Any = None,
+    beta3: Any = None,
+    beta4: Any = None,
+) -> Any:
     """A trained STAR as an `optax.GradientTransformationExtraArgs`.
 
     theta: as from `load_theta` or `init_theta`. constants: those theta was trained with.
@@ -449,7 +470,7 @@ def star(
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
-def save_theta(file, theta: Theta, card: dict, **more: np.ndarray) -> None:
+def save_theta(file: Any, theta: Theta, card: dict, **more: np.ndarray) -> None:
     """Write theta and its card (a JSON-able dict) to one `.npz` of a few KB.
 
     file: a path or an open binary file. more: arrays that `load_theta` passes over; their
@@ -459,7 +480,7 @@ def save_theta(file, theta: Theta, card: dict, **more: np.ndarray) -> None:
     np.savez(file, card=np.array(json.dumps(card)), **arrays, **more)
 
 
-def load_theta(path) -> tuple[Theta, Constants]:
+def load_theta(path: str | pathlib.Path) -> tuple[Theta, Constants]:
     """(theta, constants) from a file by `save_theta`; never unpickles.
 
     The constants are those in the card's "constants", the paper's where it names none.
@@ -508,7 +529,9 @@ def read_constants(saved: dict) -> Constants:
     return constants
 
 
-def _side(x, w_value, w_inverse, c: Constants):
+def _side(
+    x: jax.Array, w_value: jax.Array, w_inverse: jax.Array, c: Constants
+) -> jax.Array:
     """The features x (M, *S) and 1/sqrt(x + eps), in the first layer: (H, *S)."""
     flat = x.reshape(len(x), -1)
     flat = jnp.concatenate([flat, rsqrt(flat + c.statistic_eps)])  # (2 M, S)
@@ -518,13 +541,13 @@ def _side(x, w_value, w_inverse, c: Constants):
     return hidden.reshape(len(hidden), *x.shape[1:])
 
 
-def _square(x, c: Constants):
+def _square(x: jax.Array, c: Constants) -> jax.Array:
     # The floor is the authors', on the squared gradient. We square everything this way:
     # two operations make a fused, vectorized loop on a CPU where one makes a slow one.
     return x * x + c.square_floor
 
 
-def _mean(x):
+def _mean(x: jax.Array) -> jax.Array:
     if not x.ndim:
         return x
     # A product with ones: XLA's sums take several times as long on a CPU.
@@ -532,17 +555,17 @@ def _mean(x):
     return jnp.sum(sums) / _count(x)
 
 
-def _mean_square(x):
+def _mean_square(x: jax.Array) -> jax.Array:
     return jnp.vdot(x, x, precision="highest") / _count(x)
 
 
-def _count(x):
+def _count(x: jax.Array) -> float:
     return float(x.size)  # may be beyond int32
 
 
-def _floored_rsqrt(x, c: Constants):
+def _floored_rsqrt(x: jax.Array, c: Constants) -> jax.Array:
     return rsqrt(jnp.maximum(x, c.factor_floor))
 
 
-def _dot(weights, arrays):
+def _dot(weights: jax.Array, arrays: Any) -> jax.Array:
     return sum(w * x for w, x in zip(weights, arrays, strict=True))

@@ -1,5 +1,6 @@
-"""What README.md and recipes.md name is there: commands, files, functions, tests, links."""
+"""What README.md and recipes.md name is there; every function has type hints."""
 
+import ast
 import importlib
 import pathlib
 import re
@@ -73,6 +74,20 @@ def test_every_module_is_in_the_table_and_every_name_in_it_is_a_module():
     assert all(name.endswith("*") or name in MODULES for name in named)
     absent = {m for m in MODULES - listed if not m.startswith("test_")} - {"conftest"}
     assert not absent
+
+
+@pytest.mark.parametrize(
+    "name", sorted(m for m in MODULES if not m.startswith(("test_", "conftest")))
+)
+def test_every_function_has_type_hints(name):
+    """Of every argument and the result, but for functions within functions."""
+    body = ast.parse((ROOT / f"{name}.py").read_text()).body
+    bodies = [body, *(c.body for c in body if isinstance(c, ast.ClassDef))]
+    for function in (f for b in bodies for f in b if isinstance(f, ast.FunctionDef)):
+        given = [*function.args.args, *function.args.kwonlyargs]
+        given = [a for a in given if a.arg != "self"]
+        assert function.returns, function.name
+        assert all(a.annotation for a in given), function.name
 
 
 def rows_of_the_map():
