@@ -7,6 +7,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import time
@@ -24,6 +25,7 @@ from store import UserError, clock, load_theta, read_card, save_json, write_atom
 from tasks import TASKS, measure_task
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
+UNFINISHED = "unfinished.json"
 EVALUATION_SEED = 20_000  # apart from the usual --seed of a meta-training
 FINAL = 200  # inner steps at the end whose mean is the final loss
 SEARCH_STEPS = 2000  # at most, where no tuned setting is shipped
@@ -80,8 +82,9 @@ def trained(path: str | pathlib.Path) -> Contestant:
     theta, optimizer, _ = load_theta(path)
     card, path = read_card(path), pathlib.Path(path)
     stem = path.resolve().parent.name if path.stem == "theta" else path.stem
+    made_for = json.dumps([card.get("optimizer"), card.get("constants")])
     parts = (np.asarray(theta[name]).tobytes() for name in sorted(theta))
-    digest = hashlib.sha256(b"".join(parts))
+    digest = hashlib.sha256(made_for.encode() + b"".join(parts))
     settings = {"theta": stem, "sha256": digest.hexdigest()[:16]}
     recipe = card.get("recipe")
     horizon = recipe.get("horizon") if isinstance(recipe, dict) else None
@@ -249,18 +252,19 @@ def on_task(
 ) -> tuple[list[Entry], dict]:
     """(entries, about the data): every optimizer of the request on the task.
 
-    folder: where `save` puts the results, after each optimizer; the next call with the same
-    request and data goes on from there. resume: a finished one is read, not run again.
+    folder: where `save` puts the results. Each optimizer's are kept as it ends, and the
+    next call with the same request and data goes on from there. resume: a finished task
+    is read, not run again.
     """
     arguments = identity(task, request)
     total = len(request.thetas) + len(request.baselines)
-    entries, before = saved(folder, arguments) or ([], None)
-    if resume and len(entries) == total:
+    if resume and (found := saved(folder, arguments)):
         log(f"{task}: done before, in {folder}")
-        return entries, before
+        return found
     spec = TASKS[task]
     data, about = spec.load(request.source, request.data_dir)
-    if len(entries) == total or before != about:
+    entries, before = kept(folder, arguments) or ([], None)
+    if before != about:
         entries = []
     if entries:
         log(f"  {len(entries)} of {total} done before, in {folder}")
@@ -274,7 +278,10 @@ def on_task(
         entry = run(contestant, spec.build, data, request.seeds, request.steps, report)
         entries.append(entry)
         log(f"  {entry.name}: {entry.curves.seconds:.1f} s")
-        save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
+        if len(entries) < total:
+            keep(folder, arguments, about, entries)
+    save(folder, arguments, about, entries, rows(entries, task, about["dataset"]))
+    (folder / UNFINISHED).unlink(missing_ok=True)
     return entries, about
 
 
@@ -290,13 +297,13 @@ def on_tasks(
     costs = {name: cost(name, request) for name in names}
     results, spent, paid = {}, 0.0, 0.0
     for i, name in enumerate(names):
-        begin = time.perf_counter()
+        begin, whole = time.perf_counter(), not (folder / name / UNFINISHED).exists()
         log(f"{name}, {i + 1} of {len(names)}")
         results[name] = on_task(name, request, folder / name, log)
         if drawn is not None:
             drawn(folder / name, name, *results[name])
         seconds = time.perf_counter() - begin
-        if seconds > 5:  # not one that was done before
+        if whole and seconds > 5:  # not one that was done before
             spent, paid = spent + seconds, paid + costs[name]
         left = sum(costs[other] for other in names[i + 1 :])
         if left and paid:
@@ -305,11 +312,11 @@ def on_tasks(
 
 
 def identity(task: str, request: Request) -> dict:
-    """What a result was asked for with, as JSON keeps it."""
-    tuned = {
-        name: (shipped(task, name, request.steps) or {}).get("theta")
+    """What a result was asked for with, in its order, as JSON keeps it."""
+    tuned = [
+        (name, (shipped(task, name, request.steps) or {}).get("theta"))
         for name in request.baselines
-    }
+    ]
     thetas = [trained(path).settings for path in request.thetas]
     asked = request._asdict() | {"task": task, "thetas": thetas, "baselines": tuned}
     return json.loads(json.dumps(asked))
@@ -342,7 +349,7 @@ def save(
     entries: list[Entry],
     table: list[dict],
 ) -> None:
-    """curves.csv, table.csv and, last, results.json, which says that all are there."""
+    """curves.csv, table.csv and, last, results.json, which says that all is there."""
     folder.mkdir(parents=True, exist_ok=True)
     every = entries[0].every
     names = [f"{e.name} seed {s}" for e in entries for s in range(len(e.curves.losses))]
@@ -352,22 +359,35 @@ def save(
         lines.append([(i + 1) * every, *(f"{x:.5g}" for x in values)])
     write_csv(folder / "curves.csv", lines)
     save_table(folder / "table.csv", table)
-    described = [
-        {
-            "name": e.name,
-            "settings": e.settings,
-            "horizon": e.horizon,
-            "every": e.every,
-            "seeds": len(e.curves.losses),
-            "test": {k: np.asarray(v).tolist() for k, v in e.curves.test.items()},
-            "seconds": e.curves.seconds,
-        }
-        for e in entries
-    ]
+    described = [describe(entry) for entry in entries]
     save_json(
         folder / "results.json",
         {"arguments": arguments, **about, "rows": table, "entries": described},
     )
+
+
+def keep(
+    folder: pathlib.Path, arguments: dict, about: dict, entries: list[Entry]
+) -> None:
+    """One file of what is done of a task so far, beside the results of earlier ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = [describe(e) | {"losses": e.curves.losses.tolist()} for e in entries]
+    save_json(
+        folder / UNFINISHED, {"arguments": arguments, **about, "entries": described}
+    )
+
+
+def describe(entry: Entry) -> dict:
+    """An entry without its losses, as JSON keeps it."""
+    return {
+        "name": entry.name,
+        "settings": entry.settings,
+        "horizon": entry.horizon,
+        "every": entry.every,
+        "seeds": len(entry.curves.losses),
+        "test": {k: np.asarray(v).tolist() for k, v in entry.curves.test.items()},
+        "seconds": entry.curves.seconds,
+    }
 
 
 def saved(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | None:
@@ -376,14 +396,33 @@ def saved(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | N
         results = json.loads((folder / "results.json").read_text())
         with open(folder / "curves.csv", newline="") as file:
             _, *lines = csv.reader(file)
-    except (OSError, ValueError):
+        if results["arguments"] != arguments:
+            return None
+        columns = iter(np.array(lines, float).T[1:])
+        for e in results["entries"]:
+            e["losses"] = list(itertools.islice(columns, e["seeds"]))
+        return read_back(results)
+    except (OSError, ValueError, LookupError, TypeError):  # cut off, or of other origin
         return None
-    if not isinstance(results, dict) or results.get("arguments") != arguments:
+
+
+def kept(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | None:
+    """(entries, about) that `keep` wrote for these arguments; None where it did not."""
+    try:
+        results = json.loads((folder / UNFINISHED).read_text())
+        return read_back(results) if results["arguments"] == arguments else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    columns = iter(np.array(lines, float).T[1:])
+
+
+def read_back(results: dict) -> tuple[list[Entry], dict]:
+    """Entries of `describe`, each with its "losses". Raises LookupError, TypeError or
+    ValueError for others."""
     entries = []
     for e in results["entries"]:
-        losses = np.array([next(columns) for _ in range(e["seeds"])])
+        losses = np.array(e["losses"], float)
+        if losses.ndim != 2 or len(losses) != e["seeds"]:
+            raise ValueError("losses of other seeds")
         test = {name: np.array(values) for name, values in e["test"].items()}
         found = Curves(losses, test, e["seconds"])
         entries.append(Entry(e["name"], found, e["every"], e["settings"], e["horizon"]))

@@ -129,7 +129,8 @@ def pes(
     with L the mean loss of the window. Variance grows with the number of windows.
 
     shortest, here and below: windows of the shortest trajectory; may be traced. Each then
-    has a length of its own, log-uniform up to `windows`: n with P(n) ~ log((n + 1) / n).
+    has a length of its own, log-uniform up to `windows`: n with P(n) ~ log((n + 1) / n),
+    but for the first, which `population` staggers.
     The gradient is that of the mean loss over the steps of them all, in which the early
     ones, which every trajectory has, weigh more. None: all are of `windows`.
     """
@@ -312,7 +313,8 @@ def population(
 
     Particle i starts its first trajectory as if i/N of it were over, with a fresh carry:
     it ends early once, and from then on the N windows of a meta-step lie evenly spread
-    over the trajectory. batch: `jax.vmap`, or `sequential`, which is faster on a CPU.
+    over the trajectory (by chance, where lengths are drawn). batch: `jax.vmap`, or
+    `sequential`, which is faster on a CPU.
     combine: stacked gradients (N, ...) -> (gradient, metrics), `inverse_variance_mean` for
     `merged`. Metrics gain `grad_noise`, the standard error of the gradient (root of the
     summed variances; nan for one particle).
@@ -383,7 +385,8 @@ def _antithetic(
             return jnp.zeros((), jnp.int32)
         uniform = jax.random.uniform(jax.random.fold_in(key, 2))
         length = shortest * ((windows + 1) / shortest) ** uniform
-        return windows - jnp.clip(length.astype(jnp.int32), shortest, windows)
+        drawn = jnp.clip(length.astype(jnp.int32), shortest, windows)
+        return (windows - drawn).astype(jnp.int32)
 
     def init(key, theta, phase=0.0):
         # i/N * windows may round to just below a whole number in float32.

@@ -7,6 +7,7 @@ from log.csv, and inner training with their thetas. The others train on other ta
 
 import contextlib
 import csv
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -167,19 +168,31 @@ def find_runs(
     return runs
 
 
+def check_same(where: str, found: list[dict], *names: str) -> None:
+    """UserError where the cards or recipes differ in one of these."""
+    for name in names:
+        values = {json.dumps(one.get(name)) for one in found}
+        if len(values) > 1:
+            raise UserError(f"{where}: runs differ in {name}: {sorted(values)}")
+
+
 def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, dict]:
     """(result, about): for each variant the meta-losses, and the inner training losses
     (meta-seeds, points) with its thetas, one fresh seed each, far beyond the horizon."""
     runs = find_runs(pathlib.Path(args.runs), variants)
-    cards = [read_card(path / "theta.npz") for paths in runs.values() for path in paths]
-    for name in ("task", "inner_steps"):
-        if len(found := {card.get(name) for card in cards}) > 1:
-            raise UserError(
-                f"{args.runs}: runs differ in {name}: {sorted(map(str, found))}"
-            )
-    task = cards[0].get("task")
-    if task not in TASKS or not all("init" in card.get("recipe", {}) for card in cards):
+    cards = {
+        name: [read_card(path / "theta.npz") for path in paths]
+        for name, paths in runs.items()
+    }
+    alike = [card for found in cards.values() for card in found]
+    task, recipes = alike[0].get("task"), [card.get("recipe") for card in alike]
+    ours = all(isinstance(recipe, dict) and "init" in recipe for recipe in recipes)
+    if task not in TASKS or not ours:
         raise UserError(f"{args.runs} has thetas that train.py did not write")
+    check_same(args.runs, alike, "task", "inner_steps")
+    check_same(args.runs, recipes, "estimator", "horizons", "clip_by", "horizon")
+    for name, found in cards.items():
+        check_same(f"{args.runs}, {name}", found, "optimizer", "constants")
     data, about = TASKS[task].load(args.data, args.data_dir)
     steps = args.steps or steps
     every = thinning(steps)
@@ -192,18 +205,18 @@ def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, 
         thetas = [trained.theta for trained in found]
         inner[name] = run(thetas, keys, steps, every=every, report=report).losses[:, 0]
         meta[name] = [read_log(path / "log.csv") for path in paths]
-        summary[name] = summarize(meta[name], inner[name], every, cards[0])
+        summary[name] = summarize(meta[name], inner[name], every, alike[0])
     begun = {
         name
-        for name, paths in runs.items()
-        if any(read_card(path / "theta.npz")["recipe"]["init"] for path in paths)
+        for name, found in cards.items()
+        if any(card["recipe"]["init"] for card in found)
     }
     result = {
         "task": task,
         "steps": steps,
         "labels": {k: LABELS[k] + ", begun trained" * (k in begun) for k in runs},
         "variants": summary,
-        "curves": {"meta": meta, "inner": inner, "every": every, "card": cards[0]},
+        "curves": {"meta": meta, "inner": inner, "every": every, "card": alike[0]},
     }
     return result, about
 
@@ -256,7 +269,8 @@ def plot_runs(result: dict, plt: Any, individual: bool = False) -> Any:
     seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
     above.set(
         xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)",
-        title=f"meta-training on {result['task']}, {seeds} seed(s)",
+        title=f"meta-training on {result['task']}, {seeds} seed(s)"
+        + ", T log-uniform" * (card["recipe"].get("horizons") == "log-uniform"),
     )  # fmt: skip
     below.set(
         xlabel="inner steps", ylabel="training loss (nats, EMA 0.98)",

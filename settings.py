@@ -140,9 +140,9 @@ PRESETS = {
         weight_decay=0.5,
         start_horizon=1.0,
     ),
-    # Lower variance than PES here, so further at equal inner steps; see the README.
+    # Lower variance than PES here, so further at equal inner steps; see recipes.md.
     "noise_reuse": dict(estimator="noise_reuse"),
-    # What got furthest at equal inner steps, of all that recipes.md lists.
+    # What got furthest at equal inner steps and the paper's betas; see recipes.md.
     "best": dict(estimator="noise_reuse", horizons="log-uniform", clip_by="norm"),
     # Metz et al. 2019, D.3. Deviations: unrolls up to 1,000 of T = 2,000, not of 10,000, in
     # 2,000 meta-steps, not 5,000; 8 pairs, not 128; clipping. The paper's --meta-lr for
@@ -241,6 +241,15 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, in float32")
     if not 0 < config.start_horizon <= 1:
         raise UserError("--start-horizon is a share of --horizon, above 0 and up to 1")
+    if config.horizons == "log-uniform":
+        if config.unroll is not None:
+            raise UserError(
+                "--horizons log-uniform is about single windows, not --unroll"
+            )
+        if config.start_horizon == 1:
+            raise UserError("--horizons log-uniform needs a --start-horizon below 1")
+        if config.curriculum != Config().curriculum:
+            raise UserError("--curriculum is about T that doubles, not log-uniform")
     if config.horizon % config.truncation:
         raise UserError(
             f"--truncation {config.truncation} does not divide --horizon {config.horizon}"

@@ -10,6 +10,7 @@ here go to train.py, the same for every run: python sweep.py --steps 1000 --pres
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,17 @@ def finished(folder: pathlib.Path) -> bool:
     return theta.exists() and "fresh_loss" in read_card(theta)
 
 
+def refuse_other_recipe(folder: pathlib.Path, config: settings.Config) -> None:
+    """UserError where the finished run in the folder is of other flags."""
+    made = read_card(folder / "theta.npz")["recipe"]
+    for name, value in dataclasses.asdict(config).items():
+        if name not in settings.NOT_RECIPE and made.get(name, value) != value:
+            raise UserError(
+                f"{folder} was made with --{name.replace('_', '-')} {made[name]}, "
+                f"not {value}: give another --out"
+            )
+
+
 def ship(root: pathlib.Path, target: pathlib.Path, every: int = 10) -> None:
     """Of each finished run in `root`: theta and card, and every tenth row of its log, the
     mean over the ten meta-steps that end there."""
@@ -105,10 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = ["--task", args.task, *rest, *VARIANTS[name], "--seed", str(seed)]
         config = settings.parse([*command, "--out", str(folder)])  # refused before work
         if finished(folder):
+            refuse_other_recipe(folder, config)
             print("finished before", flush=True)
             continue
-        if (folder / "checkpoint.npz").exists():
-            command.append("--resume")
+        if (folder / "checkpoint.npz").exists():  # which knows where the run began
+            command += ["--resume", "--init=", "--no-fresh-meta"]
         if code := train.main([*command, "--out", config.out]):
             return code
     if args.ship:

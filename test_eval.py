@@ -206,13 +206,54 @@ def test_what_an_interrupted_task_had_done_is_kept(ours, theta, tmp_path, monkey
     monkeypatch.setattr(comparison, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main([*line.split(), str(theta), "--out", str(stopped)])
-    kept = json.loads((stopped / "results.json").read_text())
-    assert [line["name"] for line in kept["rows"]] == ran[:1] == ["sgd (sgd_rate)"]
+    kept = json.loads((stopped / comparison.UNFINISHED).read_text())
+    assert [entry["name"] for entry in kept["entries"]] == ran[:1] == ["sgd (sgd_rate)"]
+    assert not (stopped / "results.json").exists()
     assert evaluate(line, stopped, theta) == 0
     assert ran[2:] == ["adam 0.03", "nadamw"]
+    assert not (stopped / comparison.UNFINISHED).exists()
     assert (stopped / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
     assert evaluate(line, stopped, theta) == 0
     assert len(ran) == 4 + 3
+
+
+def test_an_unfinished_task_of_another_order_starts_anew(
+    ours, theta, tmp_path, monkeypatch
+):
+    """The order of the baselines is part of the request; what is cut off is not read; a
+    stop in a second run leaves the first one's results whole."""
+    request = comparison.Request((theta,), ("adam", "nadamw"), seeds=1, steps=30)
+    turned = request._replace(baselines=("nadamw", "adam"))
+    run, until = comparison.run, [2]
+
+    def stop(*args):
+        until[0] -= 1
+        if until[0] < 0:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(comparison, "run", stop)
+    for _ in range(2):  # nothing there yet; then the results of `turned`
+        until[0] = 2
+        with pytest.raises(KeyboardInterrupt):
+            comparison.on_task("quadratic", request, tmp_path, LOG)
+        asked = comparison.identity("quadratic", request)
+        assert len(comparison.kept(tmp_path, asked)[0]) == 2
+        until[0] = 3
+        entries, _ = comparison.on_task("quadratic", turned, tmp_path, LOG)
+        names = ["sgd (sgd_rate)", "nadamw", "adam 0.03"]
+        assert [entry.name for entry in entries] == names
+    for text in ("{", "[]", '{"arguments": 1}', "null"):
+        (tmp_path / comparison.UNFINISHED).write_text(text)
+        assert comparison.kept(tmp_path, asked) is None
+    results = (tmp_path / "results.json").read_bytes()
+    until[0] = 1
+    with pytest.raises(KeyboardInterrupt):
+        comparison.on_task("quadratic", turned, tmp_path, LOG, resume=False)
+    assert (tmp_path / "results.json").read_bytes() == results
+    (tmp_path / "curves.csv").write_text("step,a\n1\n2,3\n")
+    turned_asked = comparison.identity("quadratic", turned)
+    assert comparison.saved(tmp_path, turned_asked) is None
 
 
 def test_summary_leaves_out_what_diverged():
@@ -284,6 +325,39 @@ def test_a_sweep_skips_what_is_finished_and_resumes(swept, capsys):
     after, _, _ = store.load_theta(path)
     assert store.read_card(path)["fresh_loss"] == fresh
     assert after == theta
+
+
+def test_a_sweep_of_another_recipe_is_refused(swept, capsys):
+    """Finished runs are not taken for those of other flags; figures do not mix them."""
+    argv = [*QUICK, "--sigma", "0.5", "--out", str(swept)]
+    assert store.run_command("sweep.py", sweep.main, argv) == 2
+    assert "made with --sigma 0.01, not 0.5" in capsys.readouterr().err
+    with pytest.raises(store.UserError, match="runs differ in constants"):
+        cards = [{"constants": {"beta2": beta}} for beta in (1e-3, 1.0)]
+        figures_star.check_same("runs", cards, "constants")
+
+
+def test_an_interrupted_sweep_with_init_goes_on(swept, tmp_path, monkeypatch):
+    """The same command resumes a run that began from a trained theta."""
+    monkeypatch.setitem(sweep.VARIANTS, "hyperparam", ("--optimizer", "adam"))
+    theta = swept / "hyperparam-seed0" / "theta.npz"
+    init = ["--init", str(theta), "--fresh-meta", "--out", str(tmp_path)]
+    line = [*QUICK, "--seeds", "1", "--checkpoint-every", "5", *init]
+    saved, save = [], train.save_checkpoint
+
+    def stop(*args):
+        save(*args)
+        saved.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(line)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert saved and sweep.main(line) == 0
+    card = store.read_card(tmp_path / "hyperparam-seed0" / "theta.npz")
+    assert card["recipe"]["init"] == str(theta) and card["meta_steps"] == 12
+    assert sweep.main(line) == 0  # finished: the same recipe
 
 
 def test_a_sweep_takes_a_preset():

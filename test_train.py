@@ -225,6 +225,9 @@ train.py --particles -1 -> --particles must be in 1 .. 2^31 - 1
 train.py --truncation 30 --horizon 2000 -> --truncation 30 does not divide --horizon 2000
 train.py --truncation 0 -> --truncation must be in 1 .. 2^31 - 1
 train.py --start-horizon 7 -> --start-horizon is a share of --horizon, above 0 and up to 1
+train.py --horizons log-uniform --start-horizon 1 -> needs a --start-horizon below 1
+train.py --horizons log-uniform --curriculum 0.1 -> --curriculum is about T that doubles
+train.py --horizons log-uniform --estimator truncated_es --unroll 10 -> single windows
 train.py --start-horizon 0 -> --start-horizon is a share of --horizon, above 0 and up to 1
 train.py --sigma 0 -> --sigma must be above 0, in float32
 train.py --sigma nan -> --sigma must be above 0, in float32

@@ -419,7 +419,8 @@ def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
         "inner_steps": inner_steps(config, step),
         "minutes": round(log.seconds / 60, 1),
         "meta_loss": log.recent(),
-        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
+        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats"
+        + ", over T of all drawn lengths" * (config.horizons == "log-uniform"),
         "seed": config.seed,
         "command": command_line(config),
         "machine": f"{device.platform} ({device.device_kind}, {os.cpu_count()} cores)",
@@ -456,6 +457,8 @@ def plot(
     if "nominal_loss" in fresh:
         lines["nominal term alone"] = fresh["nominal_loss"]
     for i, (name, value) in enumerate(lines.items()):
+        # drawn lengths see early, higher losses more often than these
+        name += ", longest T" * (config.horizons == "log-uniform")
         axes.axhline(
             value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}"
         )
