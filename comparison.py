@@ -26,6 +26,8 @@ from tasks import TASKS, measure_task
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
 UNFINISHED = "unfinished.json"
+# What reading results raises that were cut off, or are of other origin.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 EVALUATION_SEED = 20_000  # apart from the usual --seed of a meta-training
 FINAL = 200  # inner steps at the end whose mean is the final loss
 SEARCH_STEPS = 2000  # at most, where no tuned setting is shipped
@@ -402,7 +404,7 @@ def saved(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | N
         for e in results["entries"]:
             e["losses"] = list(itertools.islice(columns, e["seeds"]))
         return read_back(results)
-    except (OSError, ValueError, LookupError, TypeError):  # cut off, or of other origin
+    except UNREADABLE:
         return None
 
 
@@ -411,13 +413,12 @@ def kept(folder: pathlib.Path, arguments: dict) -> tuple[list[Entry], dict] | No
     try:
         results = json.loads((folder / UNFINISHED).read_text())
         return read_back(results) if results["arguments"] == arguments else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except UNREADABLE:
         return None
 
 
 def read_back(results: dict) -> tuple[list[Entry], dict]:
-    """Entries of `describe`, each with its "losses". Raises LookupError, TypeError or
-    ValueError for others."""
+    """Entries of `describe`, each with its "losses"; one of UNREADABLE for others."""
     entries = []
     for e in results["entries"]:
         losses = np.array(e["losses"], float)

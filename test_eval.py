@@ -243,7 +243,9 @@ def test_an_unfinished_task_of_another_order_starts_anew(
         entries, _ = comparison.on_task("quadratic", turned, tmp_path, LOG)
         names = ["sgd (sgd_rate)", "nadamw", "adam 0.03"]
         assert [entry.name for entry in entries] == names
-    for text in ("{", "[]", '{"arguments": 1}', "null"):
+    entry = '{"losses": [[1]], "seeds": 1, "test": 0}'  # a number for a dictionary
+    foreign = f'{{"arguments": {json.dumps(asked)}, "entries": [{entry}]}}'
+    for text in ("{", "[]", '{"arguments": 1}', "null", foreign):
         (tmp_path / comparison.UNFINISHED).write_text(text)
         assert comparison.kept(tmp_path, asked) is None
     results = (tmp_path / "results.json").read_bytes()
