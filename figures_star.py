@@ -184,12 +184,12 @@ def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, 
         name: [read_card(path / "theta.npz") for path in paths]
         for name, paths in runs.items()
     }
-    alike = [card for found in cards.values() for card in found]
-    task, recipes = alike[0].get("task"), [card.get("recipe") for card in alike]
+    all_cards = [card for found in cards.values() for card in found]
+    task, recipes = all_cards[0].get("task"), [card.get("recipe") for card in all_cards]
     ours = all(isinstance(recipe, dict) and "init" in recipe for recipe in recipes)
     if task not in TASKS or not ours:
         raise UserError(f"{args.runs} has thetas that train.py did not write")
-    check_same(args.runs, alike, "task", "inner_steps")
+    check_same(args.runs, all_cards, "task", "inner_steps")
     check_same(args.runs, recipes, "estimator", "horizons", "clip_by", "horizon")
     for name, found in cards.items():
         check_same(f"{args.runs}, {name}", found, "optimizer", "constants")
@@ -205,7 +205,7 @@ def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, 
         thetas = [trained.theta for trained in found]
         inner[name] = run(thetas, keys, steps, every=every, report=report).losses[:, 0]
         meta[name] = [read_log(path / "log.csv") for path in paths]
-        summary[name] = summarize(meta[name], inner[name], every, alike[0])
+        summary[name] = summarize(meta[name], inner[name], every, all_cards[0])
     begun = {
         name
         for name, found in cards.items()
@@ -216,7 +216,7 @@ def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, 
         "steps": steps,
         "labels": {k: LABELS[k] + ", begun trained" * (k in begun) for k in runs},
         "variants": summary,
-        "curves": {"meta": meta, "inner": inner, "every": every, "card": alike[0]},
+        "curves": {"meta": meta, "inner": inner, "every": every, "card": all_cards[0]},
     }
     return result, about
 
