@@ -16,7 +16,11 @@ SHIPPED = sorted(WEIGHTS.rglob("*.npz"))
 SAYS = ("task", "dataset", "dataset_checksum", "seed", "meta_steps", "inner_steps")
 SAYS += ("minutes", "machine", "command", "recipe", "fresh_loss", "untrained_loss")
 # Meta-training found a rule that stands still, at the loss of ten even guesses (README).
-STUCK = {"fig3/blackbox-seed0/theta.npz": np.log(10)}
+STUCK = {
+    "fig3/blackbox-seed0/theta.npz": np.log(10),
+    "fig3_log_uniform/blackbox-seed0/theta.npz": np.log(10),
+    "fig3_cifar10_conv_small/blackbox-seed0/theta.npz": np.log(10),
+}
 
 
 def name_of(path) -> str:
