@@ -1,7 +1,7 @@
 """Strict JAX and a deterministic hypothesis for all tests."""
 
 import os
-import tempfile
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
 
@@ -12,12 +12,15 @@ import pytest
 import data as datasets
 from tasks import TASKS
 
-# Many tests start the same program anew, some in a process of their own: compile it once.
-CACHE = tempfile.TemporaryDirectory(prefix="star-jax-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Most of the tests' time is XLA's: compile a program once, for all processes and later
+# runs; `pytest --cache-clear` forgets them.
+CACHE = str(pathlib.Path(__file__).with_name(".pytest_cache") / "d" / "jax")
+for name, value in {
+    "jax_compilation_cache_dir": CACHE,
+    "jax_persistent_cache_min_compile_time_secs": 0.05,
+}.items():
+    os.environ[name.upper()] = str(value)  # for the processes that tests start
+    jax.config.update(name, value)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "star",

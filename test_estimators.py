@@ -91,6 +91,7 @@ def test_each_window_is_unbiased_before_the_end(seed, theta):
         assert_mean(samples, 3 * j + 2)  # mean of t = 3 j + 1, 3 j + 2, 3 j + 3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("make", [estimators.pes, estimators.noise_reuse_es])
 def test_lengths_are_log_uniform_and_every_window_unbiased(make):
     """shortest = 2 of 8 windows: n of them with P(n) ~ log((n + 1) / n), and the j-th of a

@@ -190,6 +190,7 @@ def test_a_suite_is_drawn_and_resumes(ours, theta, tmp_path, monkeypatch):
     assert len(ran) == 2 and ran[0] == "sgd (sgd_rate)"  # those of rosenbrock
 
 
+@pytest.mark.heavy
 def test_what_an_interrupted_task_had_done_is_kept(ours, theta, tmp_path, monkeypatch):
     """Stopped in the second of three optimizers, it goes on there; done, it starts anew."""
     line = "--task quadratic --steps 30 --seeds 2 --baselines adam,nadamw --theta"
@@ -217,6 +218,7 @@ def test_what_an_interrupted_task_had_done_is_kept(ours, theta, tmp_path, monkey
     assert len(ran) == 4 + 3
 
 
+@pytest.mark.heavy
 def test_an_unfinished_task_of_another_order_starts_anew(
     ours, theta, tmp_path, monkeypatch
 ):
@@ -315,6 +317,7 @@ def swept(tmp_path_factory):
         yield folder
 
 
+@pytest.mark.heavy
 def test_a_sweep_skips_what_is_finished_and_resumes(swept, capsys):
     """The same command again runs nothing but what a run without its end still lacks."""
     path = swept / "hyperparam-seed1" / "theta.npz"

@@ -191,6 +191,7 @@ def test_runs_are_those_of_inner_training(theta, result):
     np.testing.assert_allclose(result["curves"]["rms"][:, 0], expected, rtol=1e-3)
 
 
+@pytest.mark.heavy
 def test_figure_holds_what_was_computed(result):
     """A line per tensor, a dot per seed for each of 13 groups and 6 parts."""
     from matplotlib import pyplot as plt

@@ -276,6 +276,7 @@ def test_figure_2d_equals_a_plain_adam_loop(task, fixed, figure_2d):
     np.testing.assert_allclose(result["curves"]["path"][-1, -1], expected, rtol=1e-5)
 
 
+@pytest.mark.heavy
 def test_figure_2d_sensitivity_grows_from_plain_scaling(figure_2d):
     """After one step it is the distance travelled, for Adam moves by rate times sign; its
     share of the distance grows from there."""

@@ -89,6 +89,7 @@ def test_losses_are_those_of_a_plain_loop(eight_steps):
     np.testing.assert_allclose(losses[0], expected, rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_best_rate_is_the_least_of_the_grid(result):
     """It is the argmin of the mean over T, with 1.2 close to divergence the worst."""
     loss = result["grid_loss"]

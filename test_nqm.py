@@ -717,6 +717,7 @@ def test_command_refuses_bad_input_in_one_line(argv, message, capsys):
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_vmap_over_everything():
     """U, alpha and keys batch by jax.vmap, and agree with one at a time."""
     model, p = nqm.paper_model(), np.zeros((2, 2))
@@ -757,6 +758,7 @@ def test_figure_1_interventions_together_stabilize():
     assert np.abs(np.diff(path, axis=1)).max() < 0.5  # each is followed
 
 
+@pytest.mark.heavy
 def test_figure_2a_sampled_and_exact_agree():
     """4,000 draws are within 15 % of the closed form; nowhere is alpha = 0 the best."""
     result = figures_nqm.compute_2a((1, 5, 20), alphas=5, draws=4000)

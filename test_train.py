@@ -397,6 +397,7 @@ def test_weight_decay_bounds_theta(weight_decay, seed):
     assert np.abs(path).max() < 3.2 / weight_decay
 
 
+@pytest.mark.heavy
 def test_meta_step_compiles_once_with_a_curriculum():
     """T doubles as a traced number up to --horizon, nothing retraces, and at each
     doubling the particles are spread evenly over the longer trajectory."""
@@ -413,6 +414,7 @@ def test_meta_step_compiles_once_with_a_curriculum():
     assert done[3] == [1, 2] and done[6] == [1, 3]  # from 0, 1 of 2 and from 0, 2 of 4
 
 
+@pytest.mark.heavy
 def test_log_uniform_horizons_are_drawn_by_each_particle():
     """From --start-horizon to --horizon from the first meta-step on: 1 to 4 windows."""
     flags = ["--horizons", "log-uniform", "--start-horizon", "0.25"]
