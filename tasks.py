@@ -214,6 +214,13 @@ TASKS: dict[str, TaskSpec] = {
         size=8,
         batch_size=64,
     ),
+    "cifar10_conv_16x16": _image_task(
+        "cifar10",
+        _classify(convnet),
+        "cifar10_conv on 16x16 pixels, 64 a batch",
+        size=16,
+        batch_size=64,
+    ),
     "fmnist_classes": _family((128, 128), "fmnist, five classes of ten in any order"),
     "fmnist_classes_small": _family(
         (32,), "fmnist_small, five classes of ten in any order", pool_to_8x8
