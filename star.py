@@ -111,7 +111,7 @@ class Adafactor(NamedTuple):
     momentum_factors: Any  # likewise: features momentum[k] * factor[k]
     grad_mean_squares: list  # M scalars, of those features over the tensor
     momentum_mean_squares: list
-    hidden: list  # broadcastable to (H, *P), to be summed: row and column features
+    hidden: list  # broadcastable to (H, *P), to be summed: row, column, time features
 
 
 # g(z) of equation 21, from (grad, momentum, 1/v). The paper's text names "a combined
@@ -276,7 +276,7 @@ def first_layer(
     m = s.momentum
     m2 = [_square(x, c) for x in m]
     inverse_v2 = 1 / (s.rms + c.rms_eps)
-    adafactor = (factored if g.ndim > 1 else unfactored)(w0, g, m2, s, c)
+    adafactor = (factored if g.ndim > 1 else unfactored)(w0, time_hidden, g, m2, s, c)
     (w_g,) = weights(GRAD, [_mean(_square(g, c))])  # (H,)
     (w_p,) = weights(PARAM, [_mean_square(p)])
     (w_rms,) = weights(RMS, [_mean_square(s.rms)])
@@ -288,9 +288,9 @@ def first_layer(
 
     hidden = []
     for j in range(w0.shape[1]):
-        h = sum((x[j] for x in adafactor.hidden), start=time_hidden[j])
-        h += w_p[j] * p + w_rms[j] * s.rms + w_inverse_v[j] * inverse_v
-        h += g * (w_g[j] + _dot(w_factored_g[:, j], adafactor.grad_factors))
+        h = sum(x[j] for x in adafactor.hidden)
+        h = _dot(h, (w_p[j], w_rms[j], w_inverse_v[j]), (p, s.rms, inverse_v))
+        h += g * _dot(w_g[j], w_factored_g[:, j], adafactor.grad_factors)
         for k, factor in enumerate(adafactor.momentum_factors):
             over_v = w_m_over_v[k, j] * inverse_v
             h += m[k] * (w_m[k, j] + over_v + w_factored_m[k, j] * factor)
@@ -299,7 +299,12 @@ def first_layer(
 
 
 def factored(
-    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
+    w0: jax.Array,
+    time_hidden: jax.Array,
+    g: jax.Array,
+    m2: list[jax.Array],
+    s: Statistics,
+    c: Constants,
 ) -> Adafactor:
     """Adafactor features for rank 2 and more (Shazeer & Stern 2018, algorithm 4).
 
@@ -326,8 +331,8 @@ def factored(
     all_g = f"{axes},z{row_axes},z{col_axes}->z"
     one_m = f"{axes},{row_axes},{col_axes}->"
 
-    row = jnp.expand_dims(_side(s.row, w0[ROW], w0[INVERSE_ROW], c), largest + 1)
-    col = jnp.expand_dims(_side(s.col, w0[COL], w0[INVERSE_COL], c), second + 1)
+    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], time_hidden, c)
+    col = _side(s.col, w0[COL], w0[INVERSE_COL], jnp.zeros_like(time_hidden), c)
     factors = [
         jnp.expand_dims(row_factor[k], largest) * jnp.expand_dims(col_factor[k], second)
         for k in range(3)
@@ -339,18 +344,23 @@ def factored(
         momentum_mean_squares=[
             mean_square(one_m, m2[k], row2[k], col2[k]) for k in range(3)
         ],
-        hidden=[row, col],
+        hidden=[jnp.expand_dims(row, largest + 1), jnp.expand_dims(col, second + 1)],
     )
 
 
 def unfactored(
-    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
+    w0: jax.Array,
+    time_hidden: jax.Array,
+    g: jax.Array,
+    m2: list[jax.Array],
+    s: Statistics,
+    c: Constants,
 ) -> Adafactor:
     """The same features for rank 0 and 1, from the one mean square per element, `row`."""
     grad_factors = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
     momentum_factors = rsqrt(s.row + c.vector_eps)
-    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], c)
-    col = _side(s.row, w0[COL], w0[INVERSE_COL], c)
+    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], time_hidden, c)
+    both = _side(s.row, w0[COL], w0[INVERSE_COL], row, c)
     return Adafactor(
         grad_factors=grad_factors,
         momentum_factors=momentum_factors,
@@ -358,7 +368,7 @@ def unfactored(
         momentum_mean_squares=[
             _mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
         ],
-        hidden=[row, col],
+        hidden=[both],
     )
 
 
@@ -368,10 +378,10 @@ def head_layers(theta: Theta, hidden: list) -> list:
     Sums, not matrix products: so XLA makes one pass over the tensor of them and of the
     first layer.
     """
-    hidden = [jax.nn.relu(h) for h in hidden]
+    hidden = [_relu(h) for h in hidden]
     w1, b1, w2, b2 = (theta[name] for name in ("w1", "b1", "w2", "b2"))
-    second = [jax.nn.relu(_dot(w1[:, j], hidden) + b1[j]) for j in range(len(b1))]
-    return [_dot(w2[:, j], second) + b2[j] for j in range(len(b2))]
+    second = [_relu(_dot(b1[j], w1[:, j], hidden)) for j in range(len(b1))]
+    return [_dot(b2[j], w2[:, j], second) for j in range(len(b2))]
 
 
 def time_features(count: jax.Array) -> jax.Array:
@@ -530,15 +540,15 @@ def read_constants(saved: dict) -> Constants:
 
 
 def _side(
-    x: jax.Array, w_value: jax.Array, w_inverse: jax.Array, c: Constants
+    x: jax.Array, w_value: jax.Array, w_inverse: jax.Array, bias: Any, c: Constants
 ) -> jax.Array:
-    """The features x (M, *S) and 1/sqrt(x + eps), in the first layer: (H, *S)."""
-    flat = x.reshape(len(x), -1)
-    flat = jnp.concatenate([flat, rsqrt(flat + c.statistic_eps)])  # (2 M, S)
+    """The features x (M, *S) and 1/sqrt(x + eps), and bias (H, ...), in the first layer:
+    (H, *S)."""
+    features = jnp.concatenate([x, rsqrt(x + c.statistic_eps)])  # (2 M, *S)
+    flat = features.reshape(len(features), -1)
     scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
     w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
-    hidden = jnp.einsum("fh,fs->hs", w, flat, precision="highest")
-    return hidden.reshape(len(hidden), *x.shape[1:])
+    return jnp.stack([_dot(bias[j], w[:, j], features) for j in range(w.shape[1])])
 
 
 def _square(x: jax.Array, c: Constants) -> jax.Array:
@@ -567,5 +577,11 @@ def _floored_rsqrt(x: jax.Array, c: Constants) -> jax.Array:
     return rsqrt(jnp.maximum(x, c.factor_floor))
 
 
-def _dot(weights: jax.Array, arrays: Any) -> jax.Array:
-    return sum(w * x for w, x in zip(weights, arrays, strict=True))
+def _dot(bias: jax.Array, weights: jax.Array, arrays: Any) -> jax.Array:
+    """bias + weights[0] * arrays[0] + ...: begun at the bias, all are multiply-adds."""
+    return sum((w * x for w, x in zip(weights, arrays, strict=True)), start=bias)
+
+
+def _relu(x: jax.Array) -> jax.Array:
+    """`jax.nn.relu`, nan included, in two instructions on a CPU; a maximum takes four."""
+    return jnp.where(x <= 0, 0.0, x)
