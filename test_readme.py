@@ -1,4 +1,4 @@
-"""What README.md and recipes.md name is there; every function has type hints."""
+"""What the pages (README.md and those beside it) name is there; type hints everywhere."""
 
 import ast
 import importlib
@@ -19,7 +19,8 @@ import tasks
 import tuning
 
 ROOT = pathlib.Path(__file__).parent
-README = "\n".join((ROOT / name).read_text() for name in ("README.md", "recipes.md"))
+PAGES = ("README.md", "results.md", "engineering.md", "recipes.md")
+README = "\n".join((ROOT / name).read_text() for name in PAGES)
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
 
@@ -42,7 +43,7 @@ PARSERS = {
 
 
 def commands() -> list[str]:
-    """Every `python ...` of both, once, inline or in a block, newlines undone."""
+    """Every `python ...` of all pages, once, inline or in a block, newlines undone."""
     inline = re.findall(r"`(python [^`]+)`", README)
     block = re.findall(r"^(python [^\n|]+)$", README, re.MULTILINE)
     found = [" ".join(command.split()) for command in inline + block]

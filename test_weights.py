@@ -15,7 +15,7 @@ WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights"
 SHIPPED = sorted(WEIGHTS.rglob("*.npz"))
 SAYS = ("task", "dataset", "dataset_checksum", "seed", "meta_steps", "inner_steps")
 SAYS += ("minutes", "machine", "command", "recipe", "fresh_loss", "untrained_loss")
-# Meta-training found a rule that stands still, at the loss of ten even guesses (README).
+# Meta-training found a rule that stands still, at ln 10, a guess's loss (results.md).
 STUCK = {
     "fig3/blackbox-seed0/theta.npz": np.log(10),
     "fig3_log_uniform/blackbox-seed0/theta.npz": np.log(10),
