@@ -20,6 +20,7 @@ SAYS += ("minutes", "machine", "command", "recipe", "fresh_loss", "untrained_los
 STUCK = {
     "fig3/blackbox-seed0/theta.npz": np.log(10),
     "fig3_log_uniform/blackbox-seed0/theta.npz": np.log(10),
+    "fig3_fmnist/no_nominal-seed0/theta.npz": np.log(10),
     "fig3_cifar10_conv_small/blackbox-seed0/theta.npz": np.log(10),
 }
 
