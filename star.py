@@ -111,7 +111,7 @@ class Adafactor(NamedTuple):
     momentum_factors: Any  # likewise: features momentum[k] * factor[k]
     grad_mean_squares: list  # M scalars, of those features over the tensor
     momentum_mean_squares: list
-    hidden: list  # broadcastable to (H, *P), to be summed: row, column, time features
+    hidden: list  # row and column features; broadcastable to (H, *P), to be summed
 
 
 # g(z) of equation 21, from (grad, momentum, 1/v). The paper's text names "a combined
@@ -276,7 +276,7 @@ def first_layer(
     m = s.momentum
     m2 = [_square(x, c) for x in m]
     inverse_v2 = 1 / (s.rms + c.rms_eps)
-    adafactor = (factored if g.ndim > 1 else unfactored)(w0, time_hidden, g, m2, s, c)
+    adafactor = (factored if g.ndim > 1 else unfactored)(w0, g, m2, s, c)
     (w_g,) = weights(GRAD, [_mean(_square(g, c))])  # (H,)
     (w_p,) = weights(PARAM, [_mean_square(p)])
     (w_rms,) = weights(RMS, [_mean_square(s.rms)])
@@ -288,7 +288,7 @@ def first_layer(
 
     hidden = []
     for j in range(w0.shape[1]):
-        h = sum(x[j] for x in adafactor.hidden)
+        h = sum((x[j] for x in adafactor.hidden), start=time_hidden[j])
         h = _dot(h, (w_p[j], w_rms[j], w_inverse_v[j]), (p, s.rms, inverse_v))
         h += g * _dot(w_g[j], w_factored_g[:, j], adafactor.grad_factors)
         for k, factor in enumerate(adafactor.momentum_factors):
@@ -299,12 +299,7 @@ def first_layer(
 
 
 def factored(
-    w0: jax.Array,
-    time_hidden: jax.Array,
-    g: jax.Array,
-    m2: list[jax.Array],
-    s: Statistics,
-    c: Constants,
+    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
 ) -> Adafactor:
     """Adafactor features for rank 2 and more (Shazeer & Stern 2018, algorithm 4).
 
@@ -331,8 +326,8 @@ def factored(
     all_g = f"{axes},z{row_axes},z{col_axes}->z"
     one_m = f"{axes},{row_axes},{col_axes}->"
 
-    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], time_hidden, c)
-    col = _side(s.col, w0[COL], w0[INVERSE_COL], jnp.zeros_like(time_hidden), c)
+    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], c)
+    col = _side(s.col, w0[COL], w0[INVERSE_COL], c)
     factors = [
         jnp.expand_dims(row_factor[k], largest) * jnp.expand_dims(col_factor[k], second)
         for k in range(3)
@@ -349,18 +344,13 @@ def factored(
 
 
 def unfactored(
-    w0: jax.Array,
-    time_hidden: jax.Array,
-    g: jax.Array,
-    m2: list[jax.Array],
-    s: Statistics,
-    c: Constants,
+    w0: jax.Array, g: jax.Array, m2: list[jax.Array], s: Statistics, c: Constants
 ) -> Adafactor:
     """The same features for rank 0 and 1, from the one mean square per element, `row`."""
     grad_factors = _floored_rsqrt(s.row + c.factor_floor, c)  # (M, *P)
     momentum_factors = rsqrt(s.row + c.vector_eps)
-    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], time_hidden, c)
-    both = _side(s.row, w0[COL], w0[INVERSE_COL], row, c)
+    row = _side(s.row, w0[ROW], w0[INVERSE_ROW], c)
+    col = _side(s.row, w0[COL], w0[INVERSE_COL], c)
     return Adafactor(
         grad_factors=grad_factors,
         momentum_factors=momentum_factors,
@@ -368,7 +358,7 @@ def unfactored(
         momentum_mean_squares=[
             _mean(m2[k] * momentum_factors[k] ** 2) for k in range(3)
         ],
-        hidden=[both],
+        hidden=[row, col],
     )
 
 
@@ -540,15 +530,14 @@ def read_constants(saved: dict) -> Constants:
 
 
 def _side(
-    x: jax.Array, w_value: jax.Array, w_inverse: jax.Array, bias: Any, c: Constants
+    x: jax.Array, w_value: jax.Array, w_inverse: jax.Array, c: Constants
 ) -> jax.Array:
-    """The features x (M, *S) and 1/sqrt(x + eps), and bias (H, ...), in the first layer:
-    (H, *S)."""
+    """The features x (M, *S) and 1/sqrt(x + eps) in the first layer: (H, *S)."""
     features = jnp.concatenate([x, rsqrt(x + c.statistic_eps)])  # (2 M, *S)
     flat = features.reshape(len(features), -1)
     scale = rsqrt(c.normalizer_eps + jnp.mean(flat * flat, 1))
     w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (2 M, H)
-    return jnp.stack([_dot(bias[j], w[:, j], features) for j in range(w.shape[1])])
+    return jnp.stack([_dot(0.0, w[:, j], features) for j in range(w.shape[1])])
 
 
 def _square(x: jax.Array, c: Constants) -> jax.Array:
@@ -577,7 +566,7 @@ def _floored_rsqrt(x: jax.Array, c: Constants) -> jax.Array:
     return rsqrt(jnp.maximum(x, c.factor_floor))
 
 
-def _dot(bias: jax.Array, weights: jax.Array, arrays: Any) -> jax.Array:
+def _dot(bias: jax.Array | float, weights: jax.Array, arrays: Any) -> jax.Array:
     """bias + weights[0] * arrays[0] + ...: begun at the bias, all are multiply-adds."""
     return sum((w * x for w, x in zip(weights, arrays, strict=True)), start=bias)
 
