@@ -159,12 +159,20 @@ def read_log(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 def find_runs(
     root: pathlib.Path, variants: Sequence[str]
 ) -> dict[str, list[pathlib.Path]]:
-    """Variant -> folders of its seeds. Raises UserError where a variant has none."""
-    runs = {}
-    for name in variants:
-        runs[name] = sorted(p.parent for p in root.glob(f"{name}-seed*/theta.npz"))
-        if not runs[name]:
-            raise UserError(f"{root} has no {name}-seed0: python sweep.py --out {root}")
+    """Variant -> folders of its seeds; those without are named and left out.
+
+    Raises UserError where not even two are there to compare.
+    """
+    runs = {
+        name: sorted(path.parent for path in root.glob(f"{name}-seed*/theta.npz"))
+        for name in variants
+    }
+    missing = ", ".join(f"{name}-seed0" for name, found in runs.items() if not found)
+    runs = {name: found for name, found in runs.items() if found}
+    if len(runs) < min(2, len(variants)):
+        raise UserError(f"{root} has no {missing}: python sweep.py --out {root}")
+    if missing:
+        comparison.say(f"{root} has no {missing}: left out")
     return runs
 
 

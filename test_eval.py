@@ -399,6 +399,22 @@ def test_runs_of_a_sweep_are_summed_up(swept):
     np.testing.assert_allclose(losses[1], plain, rtol=1e-4)
 
 
+def test_missing_variants_are_named_and_left_out(tmp_path, capsys):
+    """A figure is drawn of two variants or more; of fewer there is nothing to compare."""
+    for name in ("blackbox-seed0", "star_wd0.5-seed0", "star_wd0.5-seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theta.npz").touch()
+    found = figures_star.find_runs(tmp_path, figures_star.MAIN)
+    assert {name: len(paths) for name, paths in found.items()} == {
+        "star_wd0.5": 2,
+        "blackbox": 1,
+    }
+    missing = "has no star_wd0.1-seed0, hyperparam-seed0: left out"
+    assert missing in capsys.readouterr().out
+    with pytest.raises(store.UserError, match="has no no_nominal-seed0: python sweep"):
+        figures_star.find_runs(tmp_path, ("star_wd0.5", "no_nominal"))
+
+
 def test_runs_that_began_trained_are_labelled(swept, tmp_path):
     """A budget on top of another one is no equal comparison: the figure says so."""
     theta, _, _ = store.load_theta(swept / "hyperparam-seed0" / "theta.npz")
