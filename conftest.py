@@ -4,6 +4,12 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
+# Most of the tests' time is XLA's: programs that are not optimized compile in a quarter of
+# it. `XLA_FLAGS= pytest` tests them as the commands run them, here and in new processes.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import hypothesis
 import jax
@@ -12,8 +18,7 @@ import pytest
 import data as datasets
 from tasks import TASKS
 
-# Most of the tests' time is XLA's: compile a program once, for all processes and later
-# runs; `pytest --cache-clear` forgets them.
+# Compile a program once, for all processes and later runs; `pytest --cache-clear` forgets.
 CACHE = str(pathlib.Path(__file__).with_name(".pytest_cache") / "d" / "jax")
 for name, value in {
     "jax_compilation_cache_dir": CACHE,
