@@ -104,7 +104,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_processes_give_the_theta_of_one(alone, tmp_path):
     """Two particles each, or four: theta and the moments of AdamW after 12 meta-steps
     agree to 1e-6 (sums in another order; measured 2e-8). Only process 0 prints."""
@@ -122,7 +122,7 @@ def test_two_processes_give_the_theta_of_one(alone, tmp_path):
     np.testing.assert_allclose(ours, whole, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_lost_process_ends_the_other_and_the_run_goes_on(alone, tmp_path):
     """A killed process: the other ends by itself, with a line that says what to do, and
     one process alone goes on from the checkpoint to the same theta."""

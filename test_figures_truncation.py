@@ -48,7 +48,7 @@ def mean_and_error(samples):
     return samples.mean(), samples.std() / len(samples) ** 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_truncation_turns_the_gradient_around_and_pes_does_not():
     """At 0.15, T = 240: the gradient asks for a higher rate, windows of 2 for a lower."""
     with jax.enable_x64(True):

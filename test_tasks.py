@@ -51,11 +51,6 @@ SIZES = {
 }
 
 
-# for programs that run once: quick to compile, slow to run
-QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-once = partial(jax.jit, compiler_options=QUICK)
-
-
 def all_close(a, b, tolerance=1e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
@@ -106,17 +101,8 @@ FIRST_LOSS |= dict.fromkeys(("conv_c100_small", "resnet_c100_small"), math.log(1
 FIRST_LOSS |= dict.fromkeys(("lstm_small", "transformer_small"), math.log(259))
 
 
-SLOW = ("resnet", "transformer", "lstm", "conv", "cifar10_conv")
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW))
-        for name in tasks.SUITES["small"]
-    ],
-)
+@pytest.mark.parametrize("name", tasks.SUITES["small"])
 def test_small_task_can_be_trained(name, use_stand_in):
     """First loss as of a network that knows nothing, exactly so for the ResNet, whose last
     layer is zero; Adam lowers it on one batch; every
@@ -143,7 +129,7 @@ def test_small_task_can_be_trained(name, use_stand_in):
         (last, _), losses = jax.lax.scan(step, (flat, adam.init(flat)), keys)
         return unravel(flat), unravel(last), losses
 
-    params, last, losses = once(run)(data)
+    params, last, losses = jax.jit(run)(data)
     expected = FIRST_LOSS.get(name, math.log(10))
     near = {"resnet_c100_small": 1e-6}.get(name, 0.35 if expected > 1 else 0.6)
     assert float(losses[0]) == pytest.approx(expected, rel=near)
@@ -214,7 +200,7 @@ def test_family_of_tasks_draws_its_classes(use_stand_in):
     data, _ = spec.load()
     limit = spec.build(data, KEY).loss_limit
 
-    @once
+    @jax.jit
     def look(data, key):
         task = spec.build(data, key)
         params = task.init(KEY)
@@ -238,8 +224,8 @@ def test_family_of_tasks_draws_its_classes(use_stand_in):
     fresh, step = inner.inner_training(
         lambda key: spec.build(data, key), BASELINES["sgd"]
     )
-    carry = once(fresh)(jax.random.key(1))
-    after, _ = once(step)({"learning_rate": jnp.float32(0.1)}, carry, KEY)
+    carry = jax.jit(fresh)(jax.random.key(1))
+    after, _ = jax.jit(step)({"learning_rate": jnp.float32(0.1)}, carry, KEY)
     np.testing.assert_array_equal(after.member, jax.random.key_data(jax.random.key(1)))
 
 
@@ -248,7 +234,7 @@ def test_initial_loss_is_near_chance(small_task):
     build, data = small_task
     network = networks.mlp((8, 8, 1), 10, (32,))
 
-    @once
+    @jax.jit
     def look(data):
         task = build(data, KEY)
         params = task.init(jax.random.key(0))
@@ -344,14 +330,14 @@ def test_evaluate_is_the_loss_over_the_test_split(use_stand_in):
         spec = tasks.TASKS[name]
         data, _ = spec.load()
         task = spec.build(data, KEY)
-        params = once(task.init)(KEY)
+        params = jax.jit(task.init)(KEY)
         if name == "lstm_small":
             starts = np.linspace(0, len(data["test"]) - 33, 500).astype(int)
             batch = kinds.windows(data["test"], starts, 32)
         else:
             batch = kinds.to_batch(data["test"])
-        test = once(task.evaluate)(params)
-        expected = once(task.loss)(params, KEY, batch)
+        test = jax.jit(task.evaluate)(params)
+        expected = jax.jit(task.loss)(params, KEY, batch)
         assert float(test["test_loss"]) == pytest.approx(float(expected), rel=1e-5)
     assert set(test) == {"test_loss", "test_accuracy"}
     assert 0 <= test["test_accuracy"] < 0.1
@@ -381,7 +367,7 @@ def test_es_gradient_is_unbiased_and_keeps_the_value():
     task = kinds.es_gradient(plain, pairs=4, sigma=0.1)
     phi, xi = jnp.asarray([0.7, -1.3]), jnp.asarray([0.4, 0.1])
     keys = jax.random.split(KEY, 3000)
-    grad = once(jax.vmap(jax.value_and_grad(task.loss), (None, 0, None)))
+    grad = jax.jit(jax.vmap(jax.value_and_grad(task.loss), (None, 0, None)))
     values, grads = grad(phi, keys, xi)
     value, exact = jax.value_and_grad(plain.loss)(phi, KEY, xi)
     all_close(values, jnp.full(3000, value))
@@ -401,7 +387,7 @@ def test_initial_weights_are_cut_at_two_and_not_widened():
     """Standard deviation 0.88 / sqrt(fan-in), nothing beyond 2 / sqrt(fan-in); inside of
     the transformer sqrt(2 / (layers fan-in)); embeddings 0.88."""
 
-    @once
+    @jax.jit
     def draw(key):
         model = networks.transformer(500, width=64, layers=5, heads=2).init(key)
         conv = networks.conv_init(key, 3, 40, 100)
@@ -436,7 +422,7 @@ def test_convolution_as_a_product_is_the_convolution(shape, size, stride):
         y, pull = jax.vjp(partial(f, stride=stride), w, x)
         return y, *pull(jnp.sin(y))
 
-    @once
+    @jax.jit
     def both(w, x):
         window, strides = (1, size, size, 1), (1, stride, stride, 1)
         pooled = jax.lax.reduce_window(
@@ -459,7 +445,7 @@ def test_norms_normalise_over_the_right_axes():
         (networks.LAYER_NORM, 3, (8,)),
         (networks.BATCH_NORM, (0, 1, 2), (1, 1, 1, 8)),
     ):
-        apply, params = once(norm.apply), norm.init(8, 4)
+        apply, params = jax.jit(norm.apply), norm.init(8, 4)
         assert {p.shape for p in jax.tree.leaves(params)} == {shape}
         y = np.asarray(apply(params, x))
         all_close(y.mean(axes), 0, 1e-5)
@@ -474,7 +460,7 @@ def test_batch_norm_sees_the_batch_and_layer_norm_does_not():
     for norm, sees in ((networks.BATCH_NORM, True), (networks.LAYER_NORM, False)):
         network = networks.mlp((4, 4, 1), 5, (7,), norm=norm)
 
-        @once
+        @jax.jit
         def logits(x, network=network):
             params = network.init(KEY)
             return [network.apply(params, KEY, x[:n])[0] for n in (2, 3)]
@@ -487,7 +473,7 @@ def test_convnet_puts_its_norm_after_the_relu():
     """conv, relu, norm, mean over positions, dense: written out for one layer."""
     network = networks.convnet((4, 4, 3), 5, (8,), norm=networks.LAYER_NORM)
 
-    @once
+    @jax.jit
     def compare(x):
         params = network.init(KEY)
         (layer,) = params["convs"]
@@ -505,7 +491,7 @@ def test_lstm_is_the_formula_step_by_step():
     shapes = jax.eval_shape(network.init, KEY)
     p = jax.tree.map(lambda p: rng.normal(0, 0.7, p.shape).astype(np.float32), shapes)
     tokens = rng.integers(0, 11, (2, 6))
-    logits = once(network.apply)(p, KEY, tokens)
+    logits = jax.jit(network.apply)(p, KEY, tokens)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     for sequence, found in zip(tokens, logits, strict=True):
         h, c = p["h"], p["c"]
@@ -524,7 +510,7 @@ def test_transformer_is_causal_and_has_no_positions():
         11, width=8, layers=1, heads=2, head_size=4, rate=0.0
     )
 
-    @once
+    @jax.jit
     def run(tokens):
         return network.apply(network.init(KEY), KEY, tokens)
 
@@ -541,7 +527,7 @@ def test_attention_is_a_mean_of_values():
     network = networks.transformer(7, width=6, layers=1, heads=1, head_size=4, rate=0.0)
     tokens = np.array([[1, 5, 2, 2]])
 
-    @once
+    @jax.jit
     def run(tokens):
         params = network.init(KEY)
         return params, network.apply(params, KEY, tokens)
@@ -574,7 +560,7 @@ def test_dropout_keeps_the_mean_and_uses_the_key():
     assert {round(float(v), 4) for v in np.unique(x)} == {0.0, 1.1111}
     network = networks.transformer(11, width=8, layers=1, heads=2, head_size=4)
 
-    @once
+    @jax.jit
     def run(key):
         return network.apply(network.init(KEY), key, jnp.asarray([[1, 2, 3]]))
 
