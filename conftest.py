@@ -1,4 +1,4 @@
-"""Strict JAX and a deterministic hypothesis for all tests."""
+"""Strict JAX, quickly compiled, and a deterministic hypothesis for all tests."""
 
 import os
 import pathlib
