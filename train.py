@@ -492,9 +492,9 @@ def fresh_runs(config: Config, data: Any, state: TrainState) -> dict:
         result = curves(build, data, optimizer, thetas, keys, config.horizon)
         return np.asarray(clip_loss(result.losses, limit)).mean(2)
 
-    if constants is None or constants.beta3 == 0:  # untrained is the nominal term alone
+    if constants is None or constants.beta3 == 0:
         ours, start = losses(optimizer, [state.theta, untrained])
-        nominal = start
+        nominal = start  # of beta3 = 0, the same run
     else:
         beta3 = np.float32(constants.beta3)
         ours, start, nominal = losses(
