@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import star
-from lopts import LearnedOptimizer, from_optax
+from companions.lopts import LearnedOptimizer, from_optax
 
 # Half orders of magnitude, the paper's grid (appendix B.3), where it can matter here.
 LEARNING_RATES = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 3))[:11]

@@ -4,7 +4,7 @@ Trains the task's network from scratch with each theta and with hand-designed ba
 their tuned settings (tuned.json; searched here where there are none), on the same fresh
 seeds. Writes results.json, table.csv, curves.csv and curves.png, prints the table.
 `--task small` or `full` goes through the sixteen tasks of that suite, resumes where it was
-interrupted, and draws an overview. `--figure NAME` draws a figure of a paper instead.
+interrupted, and draws an overview.
 """
 
 import argparse
@@ -12,10 +12,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import comparison
-import figures
-import figures_star
 from baselines import BASELINES
+from experiments import comparison
+from figures import star_runs as figures_star
 from inner import thinning
 from store import Arguments, UserError, only_run_in, run_command, save_json
 from tasks import SUITES, TASKS
@@ -42,8 +41,7 @@ def evaluate(
         table += lines
     if args.task in SUITES:
         comparison.save_table(folder / "table.csv", table)
-        asked = {k: v for k, v in vars(args).items() if k != "figure"}
-        save_json(folder / "results.json", {"arguments": asked, "rows": table})
+        save_json(folder / "results.json", {"arguments": vars(args), "rows": table})
         print()
         comparison.print_table(comparison.summary(table))
     print(f"results in {folder}")
@@ -61,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="theta.npz, may be given several times; default: the best one in weights/",
     )
     add("--task", default="fmnist", help=f"one of {', '.join((*SUITES, *TASKS))}")
-    add("--steps", type=int, help="inner steps (default 2000; figure 3: 20000)")
+    add("--steps", type=int, default=2000, help="inner steps (default 2000)")
     add("--seeds", type=int, default=3, help="fresh seeds (default 3)")
     add(
         "--baselines",
@@ -71,25 +69,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", default="auto", choices=("real", "stand-in", "auto"))
     add("--data-dir", help="folder that holds the data set")
     add("--out", help="folder for the results; default runs/eval-TASK")
-    add(
-        "--figure",
-        choices=tuple(figures.FIGURES),
-        metavar="NAME",
-        help=f"draw this figure instead: {', '.join(figures.FIGURES)}",
-    )
-    add(
-        "--runs",
-        default=str(comparison.WEIGHTS / "fig3"),
-        help="figures 3, app1-4: folder of sweep.py's runs (default weights/fig3)",
-    )
-    add("--full", action="store_true", help="figures 4, app5, app6: at full size")
-    add(
-        "--literal-alpha",
-        action="store_true",
-        help="figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it, "
-        "not c times the stable limit 2 / lambda_max(H)",
-    )
-    add("--quick", action="store_true", help="a small form of the figure, in seconds")
     args = parser.parse_args(argv)
     args.baselines = [name for name in args.baselines.split(",") if name]
     unknown = [name for name in args.baselines if name not in BASELINES]
@@ -103,16 +82,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "seeds"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
             raise UserError(f"--{name} must be in 1 .. 2^31 - 1")
-    if not args.figure:
-        args.steps = args.steps or 2000
-        thinning(args.steps)  # refused before anything is written
+    thinning(args.steps)  # refused before anything is written
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    folder = pathlib.Path(args.out or f"runs/eval-{args.figure or args.task}")
-    if not args.figure and args.theta is None:
+    folder = pathlib.Path(args.out or f"runs/eval-{args.task}")
+    if args.theta is None:
         args.theta = [str(comparison.best_theta(args.task))]
     for path in args.theta or ():
         comparison.trained(path)  # a bad file is refused before anything is written
@@ -121,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     with only_run_in(folder):
-        if args.figure:
-            return figures.draw(args, folder)
         request = comparison.Request(
             thetas=tuple(args.theta),
             baselines=tuple(args.baselines),

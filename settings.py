@@ -12,8 +12,8 @@ import typing
 from collections.abc import Sequence
 
 import estimators
-import lopts
 import star
+from companions import lopts
 from inner import OBJECTIVES
 from store import Arguments, UserError
 from tasks import TASKS

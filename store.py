@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lopts
 import star
+from companions import lopts
 from data import DataError
 
 try:

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import data as datasets
-import problems
-from kinds import (
+from companions import problems
+from experiments.kinds import (
     BATCH_SIZE,
     IMAGES,
     VOCABULARY,
@@ -53,7 +53,7 @@ from kinds import (
     split_images,
     squared_error,
 )
-from networks import (
+from experiments.networks import (
     BATCH_NORM,
     LAYER_NORM,
     Network,

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import figures_nqm
 import nqm
+from figures import stability as figures_nqm
 
 BOUNDARY = 1e-9  # rounding allowed beyond a spectral radius of 1
 seeds = st.integers(0, 2**32 - 1)

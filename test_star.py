@@ -16,7 +16,7 @@ from hypothesis import given
 import star
 
 HERE = pathlib.Path(__file__).resolve().parent
-VECTORS = np.load(HERE / "test_vectors.npz")
+VECTORS = np.load(HERE / "tests" / "test_vectors.npz")
 CASES = {
     "star_matrix": "star",
     "star_vector": "star",
@@ -573,13 +573,13 @@ print(6 if check.radius < 1 and abs(loss - 1.608) < 1e-3 else check)
         ("star.py", USE_STAR),
         ("estimators.py", USE_ESTIMATORS),
         ("nqm.py", USE_NQM),
-        ("lopts.py", USE_LOPTS),
+        ("companions/lopts.py", USE_LOPTS),
     ],
 )
 def test_file_stands_alone(name, use, tmp_path):
     """Copied into an empty folder, the module imports and works."""
-    (tmp_path / name).write_text((HERE / name).read_text())
-    code = f"import jax, {name[:-3]} as m\n{use}"
+    (tmp_path / pathlib.Path(name).name).write_text((HERE / name).read_text())
+    code = f"import jax, {pathlib.Path(name).stem} as m\n{use}"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},

@@ -27,9 +27,9 @@ import optax
 
 import devices
 import estimators
-import lopts
 import star
 from baselines import BASELINES, rates, with_beta3
+from companions import lopts
 from estimators import clip_loss
 from inner import batching, compiler_options, curves, ema, inner_unroll
 from settings import (
