@@ -2,7 +2,7 @@
 
 from functools import cache, partial
 
-from figures import metz_chaos as figures_metz as metz
+from figures import metz_chaos as metz
 import hypothesis
 import jax
 import jax.numpy as jnp
