@@ -1,30 +1,19 @@
-"""The inner problems: what a learned optimizer trains, each as a few pure functions.
-
-    python tasks.py     lists them: parameters, work of a step, data, what they stand for
-
-The tasks follow section 5.3 and appendix B of the STAR paper and the conventions of the
-task suite it uses, google/learned_optimization: pixels / 255, never augmented; the first
-80 % of the training set for the inner training; mean cross-entropy. See `kinds.py`;
-networks and initial values are in `networks.py`.
+"""The inner problems: what a learned optimizer trains, and one step of that training.
 
     spec = TASKS["fmnist"]
     data, about = spec.load("auto", None)   # arrays on the device, and what they are
     task = spec.build(data, key)            # inside or outside of jit; data may be traced
 
-The key draws a member where the name stands for a family of tasks; others ignore it.
-SUITES holds two lists of sixteen names: tasks of that suite which span the families of
-the paper's figures App.5 and App.6, whose own list its text does not give.
-
-Deviations: CIFAR-100 in place of ImageNet, whose pictures may not be passed on, and bytes
-of any text in place of the One Billion Word benchmark (see `language_model`).
+The four tasks follow section 5.3 and appendix B of the STAR paper and the conventions of
+the suite it uses, google/learned_optimization: pixels / 255, never augmented; the first
+80 % of the training set for the inner training; batches of 128 drawn with replacement;
+mean cross-entropy; weights truncated normal over sqrt(fan in). `experiments/catalogue.py`
+has the rest of the suite. In shape comments: B batch, C channels.
 """
 
-import argparse
+import functools
 import math
-import pathlib
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,429 +21,307 @@ import jax.numpy as jnp
 import numpy as np
 
 import data as datasets
-from companions import problems
-from experiments.kinds import (
-    BATCH_SIZE,
-    IMAGES,
-    VOCABULARY,
-    autoencoder,
-    by_class,
-    class_family,
-    classifier,
-    cross_entropy,
-    deterministic,
-    es_gradient,
-    language_model,
-    pool,
-    pool_to_8x8,
-    quadratic,
-    resize,
-    sample,
-    split_images,
-    squared_error,
-)
-from experiments.networks import (
-    BATCH_NORM,
-    LAYER_NORM,
-    Network,
-    convnet,
-    lstm,
-    mlp,
-    mlp_autoencoder,
-    resnet,
-    transformer,
-)
+import estimators
+
+
+class Task(NamedTuple):
+    init: Callable  # key -> params
+    batch: Callable  # (key, split) -> batch; split: "train" | "valid" | "test"
+    loss: Callable  # (params, key, batch) -> (), nats; the key is for dropout
+    evaluate: Callable  # params -> dict of scalars, over the test split
+    loss_limit: float  # the meta-loss clips each step's loss here; nan counts as this
 
 
 class TaskSpec(NamedTuple):
-    load: Callable  # (source, data_dir) -> (data, about): pytree of arrays, dict for cards
-    build: (
-        Callable  # (data, key, batch_size=its own) -> Task; key: of a family's member
+    load: Callable  # (source, data_dir) -> (data, about): arrays, and a dict for cards
+    build: Callable  # (data, key) -> Task; the key draws a member where it is a family
+
+
+# --- one step of the inner training
+class Carry(NamedTuple):
+    params: Any
+    optimizer: Any  # the optimizer's state
+    member: jax.Array  # data of the key that drew the task, for families of tasks
+
+
+def fresh(build: Callable, optimizer: Any, key: jax.Array) -> Carry:
+    """The start of a trajectory. build: key -> Task."""
+    params = build(key).init(key)
+    return Carry(params, optimizer.init(params), jax.random.key_data(key))
+
+
+def inner_step(build, optimizer, theta, carry: Carry, key) -> tuple[Carry, jax.Array]:
+    """phi' = phi - f (equation 2), and the loss () of the training batch before it.
+
+    Deviation: equation 3 takes the loss after the update on a fresh batch. The loss before
+    it costs nothing, and the authors' code takes it, too.
+    """
+    task = build(jax.random.wrap_key_data(carry.member))
+    batch_key, loss_key = jax.random.split(key)
+    batch = task.batch(batch_key, "train")
+    loss, grads = jax.value_and_grad(task.loss)(carry.params, loss_key, batch)
+    updates, state = optimizer.update(theta, grads, carry.optimizer, carry.params)
+    params = jax.tree.map(lambda p, u: p + u, carry.params, updates)
+    return carry._replace(params=params, optimizer=state), loss
+
+
+def inner_problem(build, optimizer, unravel, length: int) -> estimators.Problem:
+    """Windows of `length` inner steps, for the estimators of `estimators.py`.
+
+    unravel: flat theta -> theta. Losses are clipped at the task's limit.
+    """
+
+    def step(theta, carry, key):
+        return inner_step(build, optimizer, unravel(theta), carry, key)
+
+    limit = build(jax.random.key(0)).loss_limit
+    start = functools.partial(fresh, build, optimizer)
+    return estimators.unroll(start, step, length, limit)
+
+
+def each() -> Callable:
+    """vmap on an accelerator; one run after the other on a CPU, which keeps its caches."""
+    return estimators.sequential if jax.default_backend() == "cpu" else jax.vmap
+
+
+def compiler_options() -> dict:
+    """For `jax.jit`: on a CPU, vectors as wide as AVX-512 has them (ignored elsewhere).
+
+    XLA's default of 256 bits costs a fifth of the inner steps per second where 512 exist.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_cpu_prefer_vector_width": "512"} if on_cpu else {}
+
+
+# --- networks: pairs of pure functions
+class Network(NamedTuple):
+    init: Callable  # key -> params
+    apply: Callable  # (params, key, x) -> outputs
+
+
+def truncated_normal(key: jax.Array, shape: tuple, fan_in: int) -> jax.Array:
+    """Scale 1 / sqrt(fan in), cut at two of it and not widened: its deviation is 0.88."""
+    return jax.random.truncated_normal(key, -2, 2, shape) / math.sqrt(fan_in)
+
+
+def dense_init(key: jax.Array, n: int, m: int) -> dict:
+    return {"w": truncated_normal(key, (n, m), n), "b": jnp.zeros(m)}
+
+
+def dense(params: dict, x: jax.Array) -> jax.Array:
+    """(..., n) -> (..., m)."""
+    y = x @ params["w"]
+    return y + jnp.broadcast_to(params["b"], y.shape)
+
+
+def mlp(shape: tuple, outputs: int, hidden: tuple = (128, 128)) -> Network:
+    """Images of `shape`, flattened -> [dense, relu] for each of hidden -> dense."""
+    sizes = (math.prod(shape), *hidden, outputs)
+
+    def init(key):
+        keys = jax.random.split(key, len(sizes) - 1)
+        layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+        return [dense_init(k, n, m) for k, n, m in layers]
+
+    def apply(params, key, images):
+        x = images.reshape(len(images), -1)
+        for layer in params[:-1]:
+            x = jax.nn.relu(dense(layer, x))
+        return dense(params[-1], x)
+
+    return Network(init, apply)
+
+
+def conv_init(key: jax.Array, size: int, n: int, m: int) -> dict:
+    """A square kernel (size, size, n, m)."""
+    w = truncated_normal(key, (size, size, n, m), size * size * n)
+    return {"w": w, "b": jnp.zeros(m)}
+
+
+def conv(params: dict, x: jax.Array, stride: int = 1) -> jax.Array:
+    """(B, h, w, n) -> (B, h / stride rounded up, likewise w, m): "same" padding.
+
+    On a CPU as a matrix product: inside of a loop, XLA's convolution and its gradient take
+    ten times as long there (jax issue 12868), and all inner training is a loop.
+    """
+    w = params["w"]
+    if jax.default_backend() == "cpu":
+        patches = jnp.concatenate(windows(x, len(w), stride, 0), -1)  # (B, h, w, 9 n)
+        y = patches @ w.reshape(-1, w.shape[-1])
+    else:
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, w, (stride, stride), "SAME", dimension_numbers=layout
+        )
+    return y + jnp.broadcast_to(params["b"], y.shape) if "b" in params else y
+
+
+def windows(x: jax.Array, size: int, stride: int, fill: float) -> list:
+    """The size * size pixels of every window, each pixel as (B, h', w', C).
+
+    "Same" padding: h' = h / stride rounded up, the odd pixel of padding at the lower right.
+    """
+    reach = [(-(-n // stride) - 1) * stride for n in x.shape[1:3]]  # of the last window
+    total = [max(r + size - n, 0) for r, n in zip(reach, x.shape[1:3], strict=True)]
+    pads = [(0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)]
+    x = jnp.pad(x, pads, constant_values=fill)
+    return [
+        x[:, i : i + reach[0] + 1 : stride, j : j + reach[1] + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def convnet(shape: tuple, outputs: int) -> Network:
+    """[3x3 convolution, relu] to 32, 64, 64 channels -> mean over positions -> dense.
+
+    STAR, appendix B.2; 56,970 parameters on CIFAR-10. The first convolution has stride 2.
+    The mean is missing in the text and is in the authors' code.
+    """
+    channels = (shape[-1], 32, 64, 64)
+
+    def init(key):
+        *keys, last = jax.random.split(key, 4)
+        layers = zip(keys, channels[:-1], channels[1:], strict=True)
+        convs = [conv_init(k, 3, n, m) for k, n, m in layers]
+        return {"convs": convs, "out": dense_init(last, channels[-1], outputs)}
+
+    def apply(params, key, x):
+        for i, layer in enumerate(params["convs"]):
+            x = jax.nn.relu(conv(layer, x, stride=1 if i else 2))
+        return dense(params["out"], x.mean((1, 2)))  # (B, h, w, C) -> (B, C)
+
+    return Network(init, apply)
+
+
+# --- image classification
+class Split(NamedTuple):
+    images: jax.Array  # (n, height, width, C) uint8
+    labels: jax.Array  # (n,) uint8
+
+
+def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Split]:
+    """80 % train, 10 % valid, 10 % left out of the training set, and test.
+
+    The order is a fixed permutation, so that splits agree between runs and machines.
+    """
+    order = np.random.RandomState(0).permutation(len(images.train_labels))
+    tenth = len(order) // 10
+    train, valid = order[: 8 * tenth], order[8 * tenth : 9 * tenth]
+
+    def put(x, y):
+        return Split(jnp.asarray(transform(x)), jnp.asarray(y))
+
+    return {
+        "train": put(images.train_images[train], images.train_labels[train]),
+        "valid": put(images.train_images[valid], images.train_labels[valid]),
+        "test": put(images.test_images, images.test_labels),
+    }
+
+
+def pool_to_8x8(images: np.ndarray) -> np.ndarray:
+    """(n, 28, 28, 1) uint8 -> (n, 8, 8, 1) uint8: a margin of 2, then means of 4 x 4."""
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return np.round(padded.reshape(-1, 8, 4, 8, 4, 1).mean((2, 4))).astype(np.uint8)
+
+
+def to_batch(split: Split) -> tuple[jax.Array, jax.Array]:
+    """Images (B, h, w, C) float32 in [0, 1], labels (B,) uint8."""
+    return split.images.astype(jnp.float32) / 255, split.labels
+
+
+def sample(key: jax.Array, split: Split, size: int) -> tuple[jax.Array, jax.Array]:
+    """`size` examples with replacement, off uniform by at most n / 2^32."""
+    bits = jax.random.bits(key, (size,), jnp.uint32)
+    index = bits % jnp.uint32(len(split.labels))
+    return to_batch(Split(split.images[index], split.labels[index]))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the batch of -log softmax(logits)[label], in nats."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_p, labels[:, None].astype(jnp.int32), 1).mean()
+
+
+def measured(init, draw, measure, test, as_batch, loss_limit: float) -> Task:
+    """A Task from measure: (params, key, batch) -> dict of scalars, "loss" among them.
+
+    test: arrays of equal length, which as_batch makes batches of. They go through in ten
+    parts of equal size, where that divides, with one fixed key for what is drawn.
+    """
+
+    def loss(params, key, batch):
+        return measure(params, key, batch)["loss"]
+
+    def evaluate(params):
+        def one(part):
+            return measure(params, jax.random.key(0), as_batch(part))
+
+        parts = math.gcd(len(jax.tree.leaves(test)[0]), 10)
+        chunks = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), test)
+        values = jax.lax.map(one, chunks)
+        return {f"test_{name}": x.mean() for name, x in values.items()}
+
+    return Task(init, draw, loss, evaluate, loss_limit)
+
+
+def classifier(draw, test, network, classes=10, error=cross_entropy, loss_limit=None):
+    """A Task: classification of images, by cross-entropy or another error of the logits.
+
+    draw: (key, split) -> (images (B, h, w, C) in [0, 1], labels (B,)). The loss's limit is
+    1.5 ln(classes), half again that of a guess, unless given.
+    """
+
+    def measure(params, key, batch):
+        images, labels = batch
+        logits = network.apply(params, key, images)
+        accuracy = (logits.argmax(-1) == labels).mean()
+        return {"loss": error(logits, labels), "accuracy": accuracy}
+
+    limit = 1.5 * math.log(classes) if loss_limit is None else loss_limit
+    return measured(network.init, draw, measure, test, to_batch, limit)
+
+
+def image_task(load_images: str, network: Callable, transform=lambda x: x) -> TaskSpec:
+    """load_images: a function of data.py. network: (shape, classes) -> Network."""
+
+    def load(source="auto", data_dir=None):
+        images = getattr(datasets, load_images)(source, data_dir)
+        return split_images(images, transform), datasets.about(images)
+
+    def build(data, key):
+        def draw(key, split):
+            return sample(key, data[split], 128)
+
+        fitted = network(data["test"].images.shape[1:], 10)
+        return classifier(draw, data["test"], fitted)
+
+    return TaskSpec(load, build)
+
+
+def quadratic(data: Any, key: jax.Array) -> Task:
+    """The noisy quadratic model as a task: two parameters (equation 4, appendix B.1).
+
+    loss = (phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I), phi_0 ~ N(0, 10 I), H of A.30.
+    """
+    h = jnp.array([[1.11, 0.596], [0.596, 0.486]], jnp.float32)
+    return Task(
+        init=lambda key: math.sqrt(10) * jax.random.normal(key, (2,)),
+        batch=lambda key, split: jax.random.normal(key, (2,)),
+        loss=lambda phi, key, xi: 0.5 * (phi - xi) @ h @ (phi - xi),
+        evaluate=lambda phi: {"test_loss": 0.5 * (phi @ h @ phi + jnp.trace(h))},
+        loss_limit=1000.0,
     )
-    like: Callable  # () -> data of the same shapes, only fewer and zero, without files
-    dataset: str
-    stands_for: str  # the task of google/learned_optimization, or the source
-    passes: int = 3  # evaluations of the loss that one gradient is worth
 
 
-# The table.
-
-
-def _load_nothing(
-    source: str = "auto", data_dir: str | pathlib.Path | None = None
-) -> tuple[Any, dict]:
+def no_data(source="auto", data_dir=None) -> tuple[dict, dict]:
     return {}, datasets.about_formula()
 
 
-def _images(
-    dataset: str,
-    transform: Callable = lambda x: x,
-    arrange: Callable = lambda splits: splits,
-) -> tuple[Callable, Callable]:
-    """(load, like) of a TaskSpec: what `arrange` makes of the splits of a data set."""
-    shape, classes = IMAGES[dataset]
-
-    def load(source="auto", data_dir=None) -> tuple[Any, dict]:
-        images = getattr(datasets, dataset)(source, data_dir)
-        return arrange(split_images(images, transform)), datasets.about(images)
-
-    def like():
-        labels = (np.arange(10 * classes) % classes).astype(np.uint8)
-        images = np.zeros((len(labels), *shape), np.uint8)
-        arrays = (images, labels, images, labels)
-        blank = datasets.Images(*arrays, classes, "blank", "", True)
-        return arrange(split_images(blank, transform))
-
-    return load, like
-
-
-def _image_task(
-    dataset: str,
-    make: Callable,
-    stands_for: str,
-    size: int | None = None,
-    batch_size: int = BATCH_SIZE,
-    transform: Callable | None = None,
-    passes: int = 3,
-) -> TaskSpec:
-    """make: (draw, test split, classes) -> Task. size: resized to, None: as they are."""
-    if transform is None:
-        transform = (lambda x: x) if size is None else partial(resize, size=size)
-    load, like = _images(dataset, transform)
-
-    def build(data, key, batch_size=batch_size):
-        def draw(key, split):
-            return sample(key, data[split], batch_size)
-
-        return make(draw, data["test"], IMAGES[dataset][1])
-
-    return TaskSpec(load, build, like, dataset, stands_for, passes)
-
-
-def _classify(
-    network: Callable,
-    error: Callable = cross_entropy,
-    loss_limit: float | None = None,
-    **sizes: Any,
-) -> Callable:
-    def make(draw, test, classes):
-        fitted = network(test.images.shape[1:], classes, **sizes)
-        return classifier(draw, test, fitted, classes, error, loss_limit)
-
-    return make
-
-
-def _reconstruct(hidden: tuple[int, ...]) -> Callable:
-    def make(draw, test, classes):
-        return autoencoder(draw, test, mlp_autoencoder(test.images.shape[1:], hidden))
-
-    return make
-
-
-def _es_task(
-    dataset: str, make: Callable, pairs: int, stands_for: str, size: int | None = None
-) -> TaskSpec:
-    return _image_task(
-        dataset,
-        lambda *args: es_gradient(make(*args), pairs),
-        stands_for,
-        size,
-        passes=1 + 2 * pairs,
-    )
-
-
-def _text_task(
-    network: Network, length: int, batch_size: int, stands_for: str
-) -> TaskSpec:
-    def load(source="auto", data_dir=None) -> tuple[Any, dict]:
-        text = datasets.text(source, data_dir)
-        streams = {k: jnp.asarray(getattr(text, k)) for k in ("train", "valid", "test")}
-        return streams, datasets.about(text)
-
-    def build(data, key, batch_size=batch_size):
-        return language_model(data, network, length, batch_size)
-
-    def like():
-        return {k: jnp.zeros(1000, jnp.uint8) for k in ("train", "valid", "test")}
-
-    return TaskSpec(load, build, like, "text", stands_for)
-
-
-def _family(
-    hidden: tuple[int, ...], stands_for: str, transform: Callable = lambda x: x
-) -> TaskSpec:
-    def build(data, key, batch_size=BATCH_SIZE):
-        return class_family(data, key, hidden, batch_size)
-
-    load, like = _images("fashion_mnist", transform, by_class)
-    return TaskSpec(load, build, like, "fashion_mnist", stands_for)
-
-
-MLP3 = {"hidden": (128, 128, 128)}
-
+small_mlp = functools.partial(mlp, hidden=(32,))
 TASKS: dict[str, TaskSpec] = {
-    "fmnist": _image_task(
-        "fashion_mnist",
-        _classify(mlp, hidden=(128, 128)),
-        "ImageMLP_FashionMnist_Relu128x128 (STAR, 5.3)",
-    ),
-    "fmnist_small": _image_task(
-        "fashion_mnist",
-        _classify(mlp, hidden=(32,)),
-        "small form of fmnist",
-        transform=pool_to_8x8,
-    ),
-    "cifar10_conv": _image_task(
-        "cifar10", _classify(convnet), "Conv_Cifar10_32x64x64 (STAR, 5.3)"
-    ),
-    "cifar10_conv_small": _image_task(
-        "cifar10",
-        _classify(convnet),
-        "cifar10_conv on 8x8 pixels, 64 a batch",
-        size=8,
-        batch_size=64,
-    ),
-    "cifar10_conv_16x16": _image_task(
-        "cifar10",
-        _classify(convnet),
-        "cifar10_conv on 16x16 pixels, 64 a batch",
-        size=16,
-        batch_size=64,
-    ),
-    "fmnist_classes": _family((128, 128), "fmnist, five classes of ten in any order"),
-    "fmnist_classes_small": _family(
-        (32,), "fmnist_small, five classes of ten in any order", pool_to_8x8
-    ),
-    "mnist_small": _image_task(
-        "mnist",
-        _classify(mlp, hidden=(32, 32)),
-        "FC 2x32 on 14x14 MNIST (Metz et al. 2019, F)",
-        transform=partial(pool, block=2),
-    ),
-    "quadratic": TaskSpec(
-        load=_load_nothing,
-        build=lambda data, key, batch_size=1: quadratic(),
-        like=dict,
-        dataset="-",
-        stands_for="noisy quadratic model (STAR, equation 4)",
-    ),
-    **{
-        name: TaskSpec(
-            load=_load_nothing,
-            build=lambda data, key, batch_size=1, make=make: deterministic(make(key)),
-            like=dict,
-            dataset="-",
-            stands_for="Maheswaranathan et al. 2020, C.1",
-        )
-        for name, make in problems.PROBLEMS.items()
-    },
-    # The other tasks of the suites.
-    "mlp_c10": _image_task(
-        "cifar10", _classify(mlp, **MLP3), "ImageMLP_Cifar10_128x128x128_Relu"
-    ),
-    "mlp_c10_wide": _image_task(
-        "cifar10",
-        _classify(mlp, hidden=(1024, 1024)),
-        "ImageMLP_Cifar10_1024x1024_Relu",
-    ),
-    "mlp_c10_wide_small": _image_task(
-        "cifar10",
-        _classify(mlp, hidden=(256, 256)),
-        "ImageMLP_Cifar10_256x256_Relu on 16x16 pixels",
-        size=16,
-    ),
-    "mlp_c10_tanh": _image_task(
-        "cifar10",
-        _classify(mlp, activation=jnp.tanh, **MLP3),
-        "ImageMLP_Cifar10_128x128x128_Tanh_bs128",
-    ),
-    "mlp_c10_layernorm": _image_task(
-        "cifar10",
-        _classify(mlp, norm=LAYER_NORM, **MLP3),
-        "ImageMLP_Cifar10_128x128x128_LayerNorm_Relu",
-    ),
-    "mlp_c10_batchnorm": _image_task(
-        "cifar10",
-        _classify(mlp, norm=BATCH_NORM, **MLP3),
-        "ImageMLP_Cifar10_128x128x128_BatchNorm_Relu",
-    ),
-    "mlp_c10_mse": _image_task(
-        "cifar10",
-        _classify(mlp, squared_error, 1.0, **MLP3),
-        "ImageMLP_Cifar10_128x128x128_Relu_MSE",
-    ),
-    "mlp_mnist": _image_task(
-        "mnist", _classify(mlp, **MLP3), "ImageMLP_Mnist_128x128x128_Relu"
-    ),
-    "ae_fmnist": _image_task(
-        "fashion_mnist",
-        _reconstruct((128, 32, 128)),
-        "ImageMLPAE_FashionMnist_128x32x128_bs128",
-    ),
-    "ae_c10": _image_task(
-        "cifar10",
-        _reconstruct((256, 256, 256)),
-        "ImageMLPAE_Cifar10_256x256x256_bs128",
-    ),
-    "ae_c10_small": _image_task(
-        "cifar10", _reconstruct((32, 32, 32)), "ImageMLPAE_Cifar10_32x32x32_bs128"
-    ),
-    "conv_c10_layernorm": _image_task(
-        "cifar10",
-        _classify(convnet, norm=LAYER_NORM),
-        "Conv_Cifar10_32x64x64_layernorm",
-    ),
-    "conv_c10_layernorm_small": _image_task(
-        "cifar10",
-        _classify(convnet, norm=LAYER_NORM),
-        "conv_c10_layernorm on 8x8 pixels, 64 a batch",
-        size=8,
-        batch_size=64,
-    ),
-    "conv_c100": _image_task("cifar100", _classify(convnet), "Conv_Cifar100_32x64x64"),
-    "conv_c100_small": _image_task(
-        "cifar100",
-        _classify(convnet),
-        "conv_c100 on 8x8 pixels, 64 a batch",
-        size=8,
-        batch_size=64,
-    ),
-    "resnet_c100": _image_task(
-        "cifar100",
-        _classify(resnet),
-        "Resnet_MultiRuntime_5, ImageNet at 32x32 replaced by CIFAR-100",
-    ),
-    "resnet_c100_small": _image_task(
-        "cifar100",
-        _classify(resnet, channels=(64, 128, 128, 128), first=3),
-        "Resnet_MultiRuntime_2, ImageNet at 16x16 replaced by CIFAR-100",
-        size=16,
-        batch_size=64,
-    ),
-    "lstm": _text_task(
-        lstm(VOCABULARY, embedding=128, hidden=256),
-        length=32,
-        batch_size=128,
-        stands_for="RNNLM_lm1bbytes_Patch32_LSTM256_Embed128 on other text",
-    ),
-    "lstm_small": _text_task(
-        lstm(VOCABULARY, embedding=32, hidden=64),
-        length=32,
-        batch_size=32,
-        stands_for="RNNLM as above, LSTM64, embedding 32, 32 a batch",
-    ),
-    "transformer": _text_task(
-        transformer(VOCABULARY, width=256, layers=5, heads=8),
-        length=128,
-        batch_size=32,
-        stands_for="TransformerLM_LM1B_5layer_256width on bytes of other text",
-    ),
-    "transformer_small": _text_task(
-        transformer(VOCABULARY, width=64, layers=3, heads=2),
-        length=32,
-        batch_size=8,
-        stands_for="TransformerLM as above, 3 layers, width 64, 8 x 32 a batch",
-    ),
-    "es_mlp": _es_task(
-        "cifar10",
-        _classify(mlp, **MLP3),
-        8,
-        "ESWrapped_8pair_ImageMLP_Cifar10_128x128x128_Relu",
-    ),
-    "es_mlp_small": _es_task(
-        "fashion_mnist",
-        _classify(mlp, hidden=(32,)),
-        1,
-        "ESWrapped_1pair_ImageMLP_FashionMnist8_Relu32",
-        size=8,
-    ),
+    "fmnist": image_task("fashion_mnist", mlp),
+    "fmnist_small": image_task("fashion_mnist", small_mlp, pool_to_8x8),
+    "cifar10_conv": image_task("cifar10", convnet),
+    "quadratic": TaskSpec(no_data, quadratic),
 }
-
-FULL = (
-    "mlp_c10",
-    "mlp_c10_wide",
-    "mlp_c10_tanh",
-    "mlp_c10_layernorm",
-    "mlp_c10_batchnorm",
-    "mlp_c10_mse",
-    "mlp_mnist",
-    "ae_fmnist",
-    "ae_c10",
-    "cifar10_conv",
-    "conv_c10_layernorm",
-    "conv_c100",
-    "resnet_c100",
-    "lstm",
-    "transformer",
-    "es_mlp",
-)
-SUITES: dict[str, tuple[str, ...]] = {
-    # what a CPU does in 20 ms a step: the small form where there is one
-    "small": tuple(f"{n}_small" if f"{n}_small" in TASKS else n for n in FULL),
-    "full": FULL,
-}
-
-
-# The list: python tasks.py
-
-
-def multiply_adds(jaxpr: Any) -> int:
-    """Of the matrix products and convolutions in a jaxpr, those of loops by their length.
-
-    A `while` and each branch of a `cond` count once; padding counts as pixels do.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        out = math.prod(getattr(eqn.outvars[0].aval, "shape", ()))
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += out * math.prod(shape[axis] for axis in contracted)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += out * math.prod(kernel) // outputs
-        else:
-            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            inside = jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            )
-            total += times * sum(multiply_adds(x) for x in inside if hasattr(x, "eqns"))
-    return total
-
-
-def measure_task(spec: TaskSpec) -> tuple[int, float]:
-    """(parameters, GFLOP of a gradient): nothing is computed but shapes.
-
-    Two operations a multiply-add, in the matrix products and convolutions alone, and
-    backpropagation taken for two more evaluations of the loss.
-    """
-
-    def start(data, key):
-        task = spec.build(data, key)
-        return task.init(key), task.batch(key, "train")
-
-    data, key = spec.like(), jax.random.key(0)
-    params, batch = jax.eval_shape(start, data, key)
-    loss = jax.make_jaxpr(spec.build(data, key).loss)(params, key, batch)
-    count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    return count, 2e-9 * spec.passes * multiply_adds(loss)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
-    print(f"{'task':24} {'parameters':>10} {'GFLOP/step':>10}  {'data':13}  stands for")
-    for name, spec in TASKS.items():
-        count, gflop = measure_task(spec)
-        print(
-            f"{name:24} {count:10,} {gflop:10.3g}  {spec.dataset:13}  {spec.stands_for}"
-        )
-    for name, names in SUITES.items():
-        print(f"\nsuite {name}: {', '.join(names)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

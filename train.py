@@ -1,657 +1,630 @@
-"""Meta-train a learned optimizer: python train.py --task fmnist
+"""Meta-train STAR: python train.py --task fmnist
 
-The whole meta-step, antithetic unrolls to AdamW, is one jitted function with donated
-buffers, compiled once. A run is a folder: config.json, log.csv, checkpoint.npz,
-theta.npz with its card theta.json, curve.png.
+One meta-step is one jitted function. Read it from the top:
+
+    meta_step            theta -> theta', once for every window of K inner steps
+      estimators.pes       of N pairs, each one window at theta + xi, one at theta - xi
+        tasks.inner_step     K times: loss and gradient of a batch, then
+          star.update          for every tensor (star_fast.py, the same numbers sooner):
+            accumulate           running means of the gradient
+            tensor_features      39 features of each parameter
+            network              direction d, log magnitudes m_b and m_g
+            step                 phi' = phi - (f_b + f_g), equations 2, 20 to 22
+      sum(xi) (L+ - L-) / (2 sigma^2), the mean over pairs -> clip -> AdamW -> theta'
+
+A run is a folder: config.json, log.csv, checkpoint.npz, theta.npz with its card
+theta.json, curve.png. N pairs (particles), K truncation, T horizon, in inner steps.
 """
 
+import argparse
 import contextlib
 import csv
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import platform
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
+import baselines
 import devices
 import estimators
 import star
-from baselines import BASELINES, rates, with_beta3
-from companions import lopts
-from estimators import clip_loss
-from inner import batching, compiler_options, curves, ema, inner_unroll
-from settings import (
-    ESTIMATORS,
-    NOT_RECIPE,
-    Config,
-    betas,
-    command_line,
-    parse,
-)
-from store import (
-    UserError,
-    clock,
-    errors_name,
-    flatten,
-    load_theta,
-    minutes_spent,
-    only_run_in,
-    read_card,
-    read_npz,
-    run_command,
-    save_figure,
-    save_json,
-    unflatten,
-    write_atomically,
-)
-from tasks import TASKS
+import star_fast
+import store
+from store import UserError
+from tasks import TASKS, compiler_options, each, inner_problem
+
+ESTIMATORS = {
+    "pes": estimators.pes,
+    "noise_reuse": estimators.noise_reuse_es,
+    "truncated_es": estimators.truncated_es,
+    "truncated_bptt": lambda *a: estimators.truncated_bptt(*a[:2]),  # no sigma, no pair
+    "merged": estimators.merged,
+}
 
 
+def flag(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+PRESETS = {
+    "default": {},
+    # Appendix B of the paper; it does not start here (docs/recipes.md).
+    "paper": dict(
+        optimizer="star",
+        meta_lr=1e-4,
+        schedule="constant",
+        weight_decay=0.5,
+        start_horizon=1.0,
+    ),
+    # Lower variance than PES here, so further at equal inner steps.
+    "noise_reuse": dict(estimator="noise_reuse"),
+    # What got furthest at equal inner steps and the paper's other betas.
+    "best": dict(estimator="noise_reuse", horizons="log-uniform", clip_by="norm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run is made of. Fields with a help text are flags of the command line."""
+
+    program: ClassVar[str] = "train.py"
+    presets: ClassVar[dict] = PRESETS
+    preset: str = flag("default", "recipe that the other flags change")
+    task: str = flag("fmnist", "inner problem")
+    optimizer: str = flag(
+        "star_small_beta3", "what is meta-trained", choices=tuple(star.CONSTANTS)
+    )
+    beta3: float | None = flag(
+        None, "size of the blackbox step, if not the optimizer's"
+    )
+    estimator: str = flag("pes", "of the meta-gradient", choices=tuple(ESTIMATORS))
+    steps: int = flag(2000, "meta-steps")
+    particles: int = flag(4, "N, antithetic pairs")
+    horizon: int = flag(2000, "T, inner steps of a trajectory")
+    truncation: int = flag(50, "K, inner steps of a window; divides T")
+    sigma: float = flag(0.01, "standard deviation of the perturbations of theta")
+    meta_lr: float = flag(3e-3, "peak learning rate of AdamW")
+    weight_decay: float = flag(0.1, "AdamW's, a multiplier of its rate (B.2)")
+    clip: float = flag(1.0, "limit of the meta-gradient")
+    clip_by: str = flag("value", "what the limit is for", choices=("value", "norm"))
+    horizons: str = flag(
+        "doubling",
+        "T doubles up to --horizon in the first half, or is drawn for each trajectory",
+        choices=("doubling", "log-uniform"),
+    )
+    start_horizon: float = flag(0.1, "T at the start, or the shortest, as a share of T")
+    seed: int = flag(0, "of everything random")
+    data: str = flag(
+        "auto",
+        "real: fail without it; auto: stand in for it, loudly",
+        choices=("real", "stand-in", "auto"),
+    )
+    data_dir: str | None = flag(None, "folder that holds the data set")
+    out: str | None = flag(None, "folder of the run; default runs/TASK-OPTIMIZER-seedN")
+    init: str | None = flag(None, "start from this theta.npz and its AdamW")
+    fresh_meta: bool = flag(False, "take only theta from --init; count from step 0")
+    resume: bool = flag(False, "continue the run in the folder, bit for bit")
+    checkpoint_every: int = flag(100, "meta-steps between checkpoints")
+    devices: int = flag(1, "of each process; they share the particles")
+    distributed: bool = flag(False, "one of several processes that share the particles")
+    coordinator: str | None = flag(None, "HOST:PORT of process 0, if no cluster tells")
+    num_processes: int | None = flag(None, "of the run, if no cluster tells")
+    process_id: int | None = flag(None, "of this process; only 0 prints and writes")
+    schedule: str = "cosine"  # of the meta-learning rate, or "constant"
+
+
+# What a resumed run may change; all else is its recipe.
+NOT_RECIPE = ("data_dir", "out", "init", "fresh_meta", "resume", "checkpoint_every")
+NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "process_id")
+
+
+class Parts(NamedTuple):
+    """What a recipe is made into."""
+
+    optimizer: star.LearnedOptimizer
+    constants: dict  # of the optimizer, for the card
+    load: Callable  # path of a theta.npz -> theta; UserError for another optimizer's
+    estimator: Callable  # (data, step, key) -> Estimator of all particles, theta flat
+    meta_optimizer: optax.GradientTransformation
+    inner_steps: Callable  # meta-steps done -> inner steps of all runs
+
+
+def parts(recipe: Recipe, build: Callable) -> Parts:
+    """build: (data, key) -> Task."""
+    constants = star.CONSTANTS[recipe.optimizer]
+    if recipe.beta3 is not None:
+        constants = constants._replace(beta3=recipe.beta3)
+    optimizer = star_fast.learned_optimizer(constants)
+    mesh = devices.mesh_of(recipe.devices)
+
+    def load(path):
+        theta, theirs = store.read_theta(path, star.load_theta)
+        if theirs != constants:
+            raise UserError(f"{path} is for {theirs}, this run has {constants}")
+        return theta
+
+    def estimator(data, step, key):
+        problem = inner_problem(
+            partial(build, data), optimizer, unravel_of(optimizer), recipe.truncation
+        )
+        windows = windows_at(recipe, step)
+        make = ESTIMATORS[recipe.estimator]
+        pair = make(problem, windows, recipe.sigma, each())
+        if recipe.horizons == "log-uniform":
+            pair = drawn_lengths(pair, windows, shortest_windows(recipe))
+        combine = estimators.mean_of_particles
+        if recipe.estimator == "merged":
+            combine = estimators.inverse_variance_mean
+        over_devices = devices.split(each(), mesh)
+        return estimators.population(pair, recipe.particles, over_devices, combine)
+
+    def inner_steps(step):
+        return step * 2 * recipe.particles * recipe.truncation
+
+    adamw = meta_optimizer(recipe)
+    return Parts(optimizer, constants._asdict(), load, estimator, adamw, inner_steps)
+
+
+def unravel_of(optimizer: star.LearnedOptimizer) -> Callable:
+    """flat theta -> theta."""
+    return ravel_pytree(optimizer.init_theta(jax.random.key(0)))[1]
+
+
+def meta_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Clipping, then AdamW: its decay of theta is a multiplier of its rate (B.2)."""
+    clip = {"value": optax.clip, "norm": optax.clip_by_global_norm}[recipe.clip_by]
+    rate = recipe.meta_lr
+    if recipe.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, recipe.steps)
+    return optax.chain(
+        clip(recipe.clip), optax.adamw(rate, weight_decay=recipe.weight_decay)
+    )
+
+
+def shortest_windows(recipe: Recipe) -> int:
+    """Windows in the first trajectories, or in the shortest."""
+    most = recipe.horizon // recipe.truncation
+    return max(1, round(recipe.start_horizon * most))
+
+
+def windows_at(recipe: Recipe, step: Any) -> jax.Array:
+    """Windows in a trajectory at this meta-step: doubles in equal stages up to T / K."""
+    most, start = recipe.horizon // recipe.truncation, shortest_windows(recipe)
+    if recipe.horizons == "log-uniform":
+        start = most
+    stages = np.ceil(np.log2(most / start))
+    stage = jnp.floor(step * stages / max(1.0, recipe.steps / 2))
+    return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), most).astype(jnp.int32)
+
+
+def drawn_lengths(pair: estimators.Estimator, windows: Any, shortest: int):
+    """Trajectories of lengths of their own: n windows with P(n) ~ log((n + 1) / n).
+
+    A trajectory that has just begun leaves out its last windows. The gradient is that of
+    the mean loss over the steps of them all, in which early steps weigh more.
+    """
+
+    def estimate(key, theta, state):
+        g, state, metrics = pair.estimate(key, theta, state)
+        u = jax.random.uniform(jax.random.fold_in(key, 3))
+        length = (shortest * ((windows + 1) / shortest) ** u).astype(jnp.int32)
+        left_out = windows - jnp.clip(length, shortest, windows)
+        window = state.window + jnp.where(state.window == 1, left_out, 0)
+        return g, state._replace(window=window), metrics
+
+    return estimators.Estimator(pair.init, estimate)
+
+
+# --- the meta-step
 class TrainState(NamedTuple):
     step: jax.Array  # () int32, meta-steps done
-    theta: dict[str, jax.Array]
+    theta: jax.Array  # (size,) flat
     meta: Any  # state of the meta-optimizer
     particles: Any  # state of the estimator
 
 
-def optimizer_of(config: Config) -> tuple[Any, star.Constants | None]:
-    """(what is meta-trained, its constants with those of --beta1 .. in them; None if not
-    a STAR)."""
-    if config.optimizer in lopts.LEARNED:
-        return lopts.LEARNED[config.optimizer], None
-    constants = star.CONSTANTS[config.optimizer]._replace(**betas(config))
-    return star.learned_optimizer(constants), constants
-
-
-def meta_optimizer(config: Config) -> optax.GradientTransformation:
-    """The slope of the l2 penalty, clipping, AdamW: its weight decay is a multiplier of
-    its rate (B.2)."""
-    clip = {"value": optax.clip, "norm": optax.clip_by_global_norm}[config.clip_by]
-    peak, warmup = config.meta_lr, config.warmup
-    rate = {
-        "cosine": lambda: optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else peak, peak, warmup, config.steps
-        ),
-        "constant": lambda: optax.warmup_constant_schedule(
-            0.0 if warmup else peak, peak, warmup
-        ),
-        "staircase": lambda: optax.exponential_decay(peak, 500, 0.8, staircase=True),
-    }[config.schedule]()
-    adamw = optax.adamw(rate, b1=config.meta_beta1, weight_decay=config.weight_decay)
-    penalty = [optax.add_decayed_weights(2 * config.l2)] if config.l2 else []
-    return optax.chain(*penalty, clip(config.clip), adamw)
-
-
-def shortest_windows(config: Config) -> int:
-    """Windows in the first trajectories, or in the shortest."""
-    return max(1, round(config.start_horizon * (config.horizon // config.truncation)))
-
-
-def windows_at(config: Config, step: Any) -> jax.Array:
-    """Windows in a trajectory at this meta-step: doubles in equal stages up to T / K."""
-    full, start = config.horizon // config.truncation, shortest_windows(config)
-    if config.horizons == "log-uniform":
-        return jnp.full_like(step, full, jnp.int32)
-    stages = math.ceil(math.log2(full / start))
-    stage = jnp.floor(step * stages / max(1.0, config.curriculum * config.steps))
-    return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), full).astype(jnp.int32)
-
-
-def unroll_at(config: Config, step: Any) -> jax.Array:
-    """Windows of a meta-gradient at this meta-step, before jitter and rounding; float."""
-    most = (config.unroll or config.truncation) / config.truncation
-    start = (config.start_unroll or config.truncation) / config.truncation
-    share = jnp.minimum(1, step / max(1.0, config.curriculum * config.steps))
-    return {
-        "linear": start + (most - start) * share,
-        "log": start * (most / start) ** share,
-        "constant": most + 0 * share,
-    }[config.unroll_growth]
-
-
-def unroll_drawn(
-    config: Config, step: Any, key: jax.Array | None, most: int
-) -> jax.Array:
-    """`unroll_at` with the jitter that the key draws (none without one): () int32."""
-    jitter = 0.0
-    if key is not None:
-        jitter = config.jitter * jax.random.uniform(key, (), minval=-1.0)
-    windows = jnp.round(unroll_at(config, step) * (1 + jitter))
-    return jnp.clip(windows, 1, most).astype(jnp.int32)
-
-
-def build_pair(
-    config: Config, data: Any, step: Any, key: jax.Array | None
-) -> estimators.Estimator:
-    """Task x optimizer -> unroll -> one pair; the arguments as of `build_estimator`."""
-    build = partial(TASKS[config.task].build, data)
-    optimizer, _ = optimizer_of(config)
-    problem = inner_unroll(build, optimizer, config.truncation, config.objective)
-    if config.unroll is not None:
-        most = math.ceil(config.unroll / config.truncation * (1 + config.jitter))
-        windows = unroll_drawn(config, step, key, most)
-        problem = estimators.several(problem, windows, most)
-    batch = jax.vmap if config.side_by_side else batching()
-    windows, shortest = windows_at(config, step), None
-    if config.horizons == "log-uniform":
-        shortest = shortest_windows(config)
-    estimator = ESTIMATORS[config.estimator]
-    return estimator(problem, windows, config.sigma, batch, shortest)
-
-
-def build_estimator(
-    config: Config, data: Any, step: Any = 0, key: jax.Array | None = None
-) -> estimators.Estimator:
-    """One pair -> N pairs, shared by the devices; data, step, key may be traced.
-
-    key: for the jitter of the unroll's length; only `estimate` needs it.
-    """
-    build, inputs = partial(build_pair, config), (data, step, key)
-    batch = jax.vmap if config.side_by_side else batching()
-    combine = {
-        "merged": estimators.inverse_variance_mean,
-        "truncated_bptt": estimators.mean_of_finite_particles,
-    }.get(config.estimator, estimators.mean_of_particles)
-    mesh = devices.mesh_of(config.devices)
-    return devices.population(build, inputs, config.particles, batch, combine, mesh)
-
-
-def run_keys(config: Config) -> jax.Array:
+def run_keys(recipe: Recipe) -> jax.Array:
     """(3,) keys: for the first theta, the first particles, and the meta-steps."""
-    return jax.random.split(jax.random.key(config.seed), 3)
+    return jax.random.split(jax.random.key(recipe.seed), 3)
 
 
-def init_state(config: Config, data: Any) -> TrainState:
+def init_state(recipe: Recipe, made: Parts, data: Any) -> TrainState:
     """The state before the first meta-step, with a theta drawn from the seed."""
-    theta_key, particle_key, _ = run_keys(config)
-    theta = optimizer_of(config)[0].init_theta(theta_key)
+    theta_key, particle_key, _ = run_keys(recipe)
+    theta, _ = ravel_pytree(made.optimizer.init_theta(theta_key))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         theta=theta,
-        meta=meta_optimizer(config).init(theta),
-        particles=build_estimator(config, data).init(particle_key, theta),
+        meta=made.meta_optimizer.init(theta),
+        particles=made.estimator(data, 0, particle_key).init(particle_key, theta),
     )
 
 
-def meta_step(
-    config: Config, data: Any, key: jax.Array, state: TrainState
-) -> tuple[TrainState, dict]:
-    """One step of meta-training. key: the run's, for all meta-steps; the step's own is
-    folded in from it. Returns the next state and a dict of scalar metrics."""
-    step_key = jax.random.fold_in(key, state.step)
-    key, stagger_key, unroll_key = jax.random.split(step_key, 3)
-    estimator = build_estimator(config, data, state.step, unroll_key)
+def meta_step(recipe: Recipe, made: Parts, data, key, state: TrainState):
+    """(next state, dict of scalar metrics). key: the run's, the same for every step."""
+    key, stagger_key, draw_key = jax.random.split(
+        jax.random.fold_in(key, state.step), 3
+    )
+    estimator = made.estimator(data, state.step, draw_key)
     # A longer horizon: stagger the particles anew, or they would stay close together.
-    longer = windows_at(config, state.step) != windows_at(config, state.step - 1)
+    before, now = (windows_at(recipe, state.step + i) for i in (-1, 0))
     particles = jax.lax.cond(
-        longer & (state.step > 0),
+        (now != before) & (state.step > 0),
         lambda: estimator.init(stagger_key, state.theta),
         lambda: state.particles,
     )
-    grad, particles, metrics = estimator.estimate(key, state.theta, particles)
-    # A nan (of a sigma whose square underflows, say) would stay in AdamW's means for good:
-    # what is not finite counts as 0. The metrics show it as it is.
-    finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grad)
-    updates, meta = meta_optimizer(config).update(finite, state.meta, state.theta)
+    g, particles, metrics = estimator.estimate(key, state.theta, particles)
+    # A nan would stay in AdamW's means for good; the metrics show it as it is.
+    finite = jnp.where(jnp.isfinite(g), g, 0)
+    updates, meta = made.meta_optimizer.update(finite, state.meta, state.theta)
     theta = optax.apply_updates(state.theta, updates)
-    new = TrainState(step=state.step + 1, theta=theta, meta=meta, particles=particles)
-    return new, metrics | {"grad_norm": optax.tree.norm(grad)}
+    metrics |= {"grad_norm": jnp.linalg.norm(g)}
+    return TrainState(state.step + 1, theta, meta, particles), metrics
 
 
-def compile_meta_step(config: Config, data: Any, state: TrainState) -> Callable:
+def compile_meta_step(recipe: Recipe, made: Parts, data: Any, state: TrainState):
     """The jitted meta-step (data, key, state) -> (state, metrics), state donated."""
-
-    def step(data, key, state):
-        return meta_step(config, data, key, state)
-
     jitted = jax.jit(
-        step,
+        lambda *args: meta_step(recipe, made, *args),
         donate_argnums=2,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         compiler_options=compiler_options(),
     )
-    return jitted.lower(data, jax.random.key(config.seed), state).compile()
+    return jitted.lower(data, run_keys(recipe)[2], state).compile()
 
 
-# The files of a run.
+# --- the files of a run
+COLUMNS = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")  # of log.csv
 
 
-def save_checkpoint(
-    folder: pathlib.Path, config: Config, about: dict, state: TrainState
-) -> None:
-    """checkpoint.npz: the whole state, the recipe and the checksum of the data."""
-    made_with = dataclasses.asdict(config) | {"checksum": about["dataset_checksum"]}
-    arrays = flatten(state) | {"made_with": np.array(json.dumps(made_with))}
-    write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **arrays))
+def save(folder, recipe, made, about, state, card) -> None:
+    """checkpoint.npz, then theta.npz with its card and what `--init` needs elsewhere.
 
-
-def load_checkpoint(
-    folder: pathlib.Path, config: Config, about: dict, template: TrainState
-) -> tuple[Config, TrainState]:
-    """(config, state): the config gains where the run came from (--init).
-
-    UserError where the file is no checkpoint of this recipe; names what differs.
+    UserError where theta or AdamW's means have overflowed: they are better not saved.
     """
-    path = folder / "checkpoint.npz"
-    arrays = read_npz(path)
-    try:
-        saved = dict(json.loads(str(arrays.pop("made_with"))))
-        origin = {name: saved[name] for name in ("init", "fresh_meta")}
-        checksum = saved["checksum"]
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} is not a checkpoint of train.py") from None
-    if checksum != about["dataset_checksum"]:
-        raise UserError(f"{path} was made on other data than {about['dataset']}")
-    for name, value in dataclasses.asdict(config).items():
-        if name in (*NOT_RECIPE, *origin):
-            continue
-        flag = "--" + name.replace("_", "-")
-        if name not in saved:
-            raise UserError(f"{path} is of an older version, without {flag}")
-        if saved[name] != value:
-            raise UserError(
-                f"{path} was made with {flag} {saved[name]}, not {value}; "
-                "resume with the same recipe"
-            )
-    config = dataclasses.replace(config, **origin)
-    return config, unflatten(template, arrays, str(path))
-
-
-def save_theta(folder: pathlib.Path, card: dict, state: TrainState) -> None:
-    """theta.npz: theta, its card, and what `--init` needs to go on elsewhere (few KB)."""
-    go_on = {"step": state.step, "meta": state.meta}
-    arrays = {f"train/{name}": x for name, x in flatten(go_on).items()}
-
-    def write(file):
-        star.save_theta(file, state.theta, card, **arrays)
-
-    write_atomically(folder / "theta.npz", write)
-    save_json(folder / "theta.json", card)
-
-
-def start_from(config: Config, data: Any, state: TrainState) -> TrainState:
-    """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
-    path = config.init
-    theta, _, theirs = load_theta(path)
-    ours = optimizer_of(config)[1]
-    if theirs is None or ours is None:
-        name = read_card(path)["optimizer"] if theirs is None else "STAR"
-        if (theirs, name) != (ours, config.optimizer):
-            raise UserError(f"{path} is for {name}, this run for {config.optimizer}")
-    else:
-        for name, value in theirs._asdict().items():
-            if value != getattr(ours, name):
-                raise UserError(
-                    f"{path} is for {name} = {value}, this run has {getattr(ours, name)}"
-                )
-    state = state._replace(theta=theta)
-    arrays = {
-        name.removeprefix("train/"): x
-        for name, x in read_npz(path).items()
-        if name.startswith("train/")
-    }
-    if config.fresh_meta or not arrays:
-        return state
-    go_on = {"step": state.step, "meta": state.meta}
-    go_on = unflatten(go_on, arrays, str(path))
-    step = go_on["step"]
-    if int(step) >= config.steps:
-        raise UserError(
-            f"{path} has {int(step)} meta-steps behind it and --steps is "
-            f"{config.steps}: give more, or --fresh-meta to start counting anew"
-        )
-    key = jax.random.fold_in(run_keys(config)[1], step)
-    particles = build_estimator(config, data, step).init(key, theta)
-    return state._replace(**go_on, particles=particles)
-
-
-def check_finite(state: TrainState) -> None:
-    """UserError where theta or AdamW's means have overflowed; better not saved."""
-    leaves = jax.tree.leaves((state.theta, state.meta))
-    if not all(np.isfinite(x).all() for x in leaves):
+    if not all(
+        np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.meta))
+    ):
         raise UserError(
             f"theta or its AdamW overflowed before meta-step {int(state.step)}; the "
             "checkpoint is of earlier: begin anew with a lower --meta-lr or --clip"
         )
+    made_with = np.array(json.dumps(dataclasses.asdict(recipe) | about))
+    whole = store.flatten(state) | {"made_with": made_with}
+    store.write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **whole))
+    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
+    go_on = store.flatten({"step": state.step, "meta": state.meta})
+    go_on = {f"train/{name}": x for name, x in go_on.items()}
+    store.write_atomically(
+        folder / "theta.npz", lambda f: star.save_theta(f, theta, card, **go_on)
+    )
+    store.save_json(folder / "theta.json", card)
 
 
-class Log:
-    """log.csv, a row a meta-step, and what the progress line says of it.
-
-    path: the file, begun anew; None: no file. keep: of the rows in it, those of the first
-    `keep` steps stay. seconds: spent before the first row.
-    """
-
-    fields = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")
-
-    def __init__(
-        self, path: pathlib.Path | None, keep: int = 0, seconds: float = 0.0
-    ) -> None:
-        self.path, self.rows = path, []
-        if keep and path and path.exists():
-            self.rows = list(self.whole_rows(path.read_text(), keep))
-        if path:
-            write_atomically(path, lambda f: f.write(self.text(self.rows, header=True)))
-        self.seconds = self.rows[-1][-1] if self.rows else seconds
-        self.last = time.perf_counter()
-
-    def whole_rows(self, text: str, keep: int) -> Iterator[list[float]]:
-        """Rows up to `keep`, ending before one that a dying disk or machine cut short."""
-        step = None
-        for row in csv.reader(text.splitlines(keepends=True)[1:]):
-            try:
-                row = [float(x) for x in row]
-            except ValueError:
-                return
-            complete = len(row) == len(self.fields) and step in (None, row[0] - 1)
-            if not complete or row[0] > keep:
-                return
-            step = row[0]
-            yield row
-
-    def text(self, rows: list[list[float]], header: bool = False) -> bytes:
-        lines = [",".join(self.fields)] if header else []
-        lines += [
-            f"{int(row[0])}," + ",".join(f"{x:.6g}" for x in row[1:]) for row in rows
-        ]
-        return "".join(line + "\n" for line in lines).encode()
-
-    def add(self, metrics: list) -> float:
-        """Append (step, loss, grad_norm, grad_noise) rows; seconds each of them took.
-
-        Waits for the device, so the time since the last call is theirs.
-        """
-        rows = [[float(x) for x in row] for row in metrics]
-        now = time.perf_counter()
-        each, self.last = (now - self.last) / len(rows), now
-        for row in rows:
-            self.seconds += each
-            row.append(self.seconds)
-        self.rows += rows
-        if self.path:
-            with errors_name(self.path), open(self.path, "ab") as file:
-                file.write(self.text(rows))
-        return each
-
-    def smoothed(self) -> float:
-        """EMA 0.95 of the meta-loss; what is 200 steps old no longer counts."""
-        return ema([row[1] for row in self.rows[-200:]], 0.95)[-1]
-
-    def recent(self) -> float | None:
-        """Mean meta-loss of the last 100 meta-steps; None before the first."""
-        recent = [row[1] for row in self.rows[-100:]]
-        return round(float(np.mean(recent)), 4) if recent else None
+def load_checkpoint(folder, recipe, about, template) -> tuple[Recipe, TrainState]:
+    """(recipe, state) of a run to go on with. UserError where recipe or data differ."""
+    path = folder / "checkpoint.npz"
+    arrays = store.read_npz(path)
+    if "made_with" not in arrays:
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    saved = json.loads(str(arrays.pop("made_with")))
+    if saved["dataset_checksum"] != about["dataset_checksum"]:
+        raise UserError(f"{path} was made on other data than {about['dataset']}")
+    for name, value in dataclasses.asdict(recipe).items():
+        if name not in NOT_RECIPE and saved.get(name) != value:
+            was = f"--{name.replace('_', '-')} {saved.get(name)}"
+            raise UserError(f"{path} was made with {was}, not {value}")
+    origin = {name: saved[name] for name in ("init", "fresh_meta")}
+    state = store.unflatten(template, arrays, path)
+    return dataclasses.replace(recipe, **origin), state
 
 
-def inner_steps_at(config: Config, step: Any) -> np.ndarray:
-    """Inner steps of this meta-step, of every run of a pair; no jitter; float."""
-    runs = config.particles * (2 if config.sigma else 1)
-    return np.asarray(unroll_at(config, step)) * config.truncation * runs
+def start_from(recipe: Recipe, made: Parts, data: Any, state: TrainState) -> TrainState:
+    """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
+    path = recipe.init
+    state = state._replace(theta=ravel_pytree(made.load(path))[0])
+    arrays = {k.removeprefix("train/"): x for k, x in store.read_npz(path).items()}
+    if recipe.fresh_meta or "['step']" not in arrays:
+        return state
+    go_on = {"step": state.step, "meta": state.meta}
+    go_on = store.unflatten(go_on, arrays, path)
+    if int(go_on["step"]) >= recipe.steps:
+        raise UserError(
+            f"{path} has {int(go_on['step'])} meta-steps behind it and --steps is "
+            f"{recipe.steps}: give more, or --fresh-meta to start counting anew"
+        )
+    key = jax.random.fold_in(run_keys(recipe)[1], go_on["step"])
+    estimator = made.estimator(data, go_on["step"], key)
+    return state._replace(**go_on, particles=estimator.init(key, state.theta))
 
 
-def inner_steps(config: Config, step: int) -> int:
-    """Inner steps of the first `step` meta-steps."""
-    return int(round(float(inner_steps_at(config, np.arange(step)).sum())))
-
-
-def make_card(config: Config, about: dict, step: int, log: Log) -> dict:
+def make_card(recipe, made, about: dict, step: int, rows: list) -> dict:
     """What theta is and how it was made; all of it can be written as JSON."""
-    _, constants = optimizer_of(config)
     device = jax.devices()[0]
+    recent = [row[1] for row in rows[-100:]]
     return {
-        "optimizer": config.optimizer,
-        "constants": constants._asdict() if constants else {},
-        "task": config.task,
+        "optimizer": recipe.optimizer,
+        "constants": made.constants,
+        "task": recipe.task,
         **about,
         "meta_steps": step,
-        "inner_steps": inner_steps(config, step),
-        "minutes": round(log.seconds / 60, 1),
-        "meta_loss": log.recent(),
-        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats"
-        + ", over T of all drawn lengths" * (config.horizons == "log-uniform"),
-        "seed": config.seed,
-        "command": command_line(config),
+        "inner_steps": round(float(made.inner_steps(step))),
+        "minutes": round(rows[-1][-1] / 60, 1) if rows else 0.0,
+        "meta_loss": round(float(np.mean(recent)), 4) if rows else None,
+        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
+        "seed": recipe.seed,
+        "command": command_line(recipe),
         "machine": f"{device.platform} ({device.device_kind}, {os.cpu_count()} cores)",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "recipe": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
     }
 
 
-def plot(
-    folder: pathlib.Path, config: Config, log: Log, fresh: dict, about: dict
-) -> None:
+def command_line(recipe: Recipe) -> str:
+    """The command that repeats this recipe: every flag that its preset has otherwise."""
+    words = [f"python {recipe.program}"]
+    usual = type(recipe)(**recipe.presets[recipe.preset])
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        kept = field.name in (*NOT_RECIPE, "preset") or not field.metadata
+        if (kept and field.name not in ("init", "fresh_meta")) or value == getattr(
+            usual, field.name
+        ):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        words.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def fresh_runs(recipe, made, build, data, theta) -> dict:
+    """Mean training loss over the horizon on three fresh seeds, for the card.
+
+    Of theta, of an untrained one, of its nominal term alone (a direction head of zeros
+    makes f_b = 0), and of Adam at the best of three rates; clipped as the meta-loss is.
+    """
+    keys = jax.random.split(jax.random.key(10_000), 3)
+    untrained = made.optimizer.init_theta(run_keys(recipe)[0])
+    thetas = {"fresh": theta, "untrained": untrained}
+    if made.constants.get("nominal", "none") != "none":
+        silent = {name: untrained[name].at[..., 0].set(0) for name in ("w2", "b2")}
+        thetas["nominal"] = untrained | silent
+    limit = build(data, keys[0]).loss_limit
+
+    def losses(optimizer, thetas):  # (thetas, seeds)
+        found = baselines.curves(build, data, optimizer, thetas, keys, recipe.horizon)
+        return np.asarray(estimators.clip_loss(found.losses, limit)).mean(2)
+
+    ours = losses(made.optimizer, list(thetas.values()))
+    card = {f"{name}_loss": x for name, x in zip(thetas, ours.mean(1), strict=True)}
+    card["fresh_loss_std"] = ours[0].std(ddof=1)
+    rates = [{"learning_rate": jnp.float32(rate)} for rate in (1e-3, 3e-3, 1e-2)]
+    adam = losses(baselines.BASELINES["adam"], rates).mean(1)
+    card["adam_loss"] = adam.min()
+    card = {name: round(float(x), 4) for name, x in card.items()}
+    return card | {"adam_learning_rate": (1e-3, 3e-3, 1e-2)[int(adam.argmin())]}
+
+
+def plot(folder, recipe: Recipe, rows: list, card: dict) -> None:
     """curve.png: the meta-loss over meta-steps, with lines for scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = [row[0] for row in log.rows]
+    steps, losses = np.array(rows)[:, :2].T
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    losses = [row[1] for row in log.rows]
-    axes.plot(steps, losses, color="C0", alpha=0.25, lw=0.7)
-    axes.plot(steps, ema(losses, 0.95), color="C0", label="meta-loss (EMA 0.95)")
-    horizons = np.asarray(windows_at(config, np.asarray(steps))) * config.truncation
-    for before, after, step in zip(horizons, horizons[1:], steps, strict=False):
-        if after != before:
-            axes.axvline(step, color="k", ls=":", lw=0.7)
-            axes.annotate(f" T {after}", (step, 1), xycoords=("data", "axes fraction"),
-                          va="top", fontsize=7)  # fmt: skip
+    axes.plot(steps, losses, "C0", alpha=0.25, lw=0.7)
+    axes.plot(steps, baselines.ema(losses, 0.95), "C0", label="meta-loss (EMA 0.95)")
     lines = {
-        "untrained": fresh["untrained_loss"],
-        f"Adam {fresh['adam_learning_rate']:g}": fresh["adam_loss"],
-        "theta on fresh seeds": fresh["fresh_loss"],
+        "theta on fresh seeds": card["fresh_loss"],
+        "untrained": card["untrained_loss"],
+        "nominal term alone": card.get("nominal_loss"),
+        f"Adam {card['adam_learning_rate']:g}": card["adam_loss"],
     }
-    if "nominal_loss" in fresh:
-        lines["nominal term alone"] = fresh["nominal_loss"]
+    lines = {name: value for name, value in lines.items() if value is not None}
     for i, (name, value) in enumerate(lines.items()):
-        # drawn lengths see early, higher losses more often than these
-        name += ", longest T" * (config.horizons == "log-uniform")
         axes.axhline(
-            value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name}: {value:.3f}"
+            value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name} {value:.3f}"
         )
-    which = {"train": "training", "fresh": "training", "valid": "validation"}
     axes.set(
         xlabel="meta-steps",
-        ylabel=f"mean {which[config.objective]} loss of the unrolls (nats)",
-        title=f"{config.optimizer}, {config.estimator}, {config.task}\n{about['dataset']}",
+        ylabel="mean training loss of the unrolls (nats)",
+        title=f"{recipe.optimizer}, {recipe.estimator}, {recipe.task}\n{card['dataset']}",
     )
     low, high = np.percentile([*losses, *lines.values()], [0, 97])
     axes.set_ylim(0.97 * low, 1.05 * high)
     axes.legend()
-    save_figure(folder / "curve.png", figure, dpi=150)
+    store.save_figure(folder / "curve.png", figure)
     plt.close(figure)
 
 
-def fresh_runs(config: Config, data: Any, state: TrainState) -> dict:
-    """Mean training loss over the horizon on three fresh seeds, unperturbed: of theta, of
-    an untrained one, of its nominal term alone where it has one (beta3 = 0), and of Adam
-    at the best of three half orders of magnitude.
+# --- the command line
+def parse(argv=None, kind=Recipe, known=TASKS) -> Recipe:
+    """The recipe of a command line, checked; UserError for one that cannot work."""
+    parser = store.Arguments(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(kind):
+        if not field.metadata:
+            continue
+        name = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} (default {field.default})"
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", help=text, default=None)
+        else:
+            of, *_ = get_args(field.type) or (field.type,)
+            choices = field.metadata.get("choices")
+            parser.add_argument(name, type=of, choices=choices, help=text)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.get("preset", "default")
+    for name, value, names in (
+        ("--preset", preset, kind.presets),
+        ("--task", given.get("task", "fmnist"), known),
+    ):
+        if value not in names:
+            raise UserError(f"{name} {value!r} is none of {', '.join(names)}")
+    recipe = kind(**kind.presets[preset] | given)
+    check(recipe)
+    return recipe
 
-    Losses are clipped as the meta-loss is. Returns what the card gains.
-    """
-    build, keys = TASKS[config.task].build, jax.random.split(jax.random.key(10_000), 3)
-    optimizer, constants = optimizer_of(config)
-    limit = build(data, keys[0]).loss_limit
-    untrained = init_state(config, data).theta
-    learning_rates = (1e-3, 3e-3, 1e-2)
 
-    def losses(optimizer, thetas):  # (thetas, seeds)
-        result = curves(build, data, optimizer, thetas, keys, config.horizon)
-        return np.asarray(clip_loss(result.losses, limit)).mean(2)
+def check(recipe: Recipe) -> None:
+    """UserError for a setting that cannot work."""
 
-    if constants is None or constants.beta3 == 0:
-        ours, start = losses(optimizer, [state.theta, untrained])
-        nominal = start  # of beta3 = 0, the same run
-    else:
-        beta3 = np.float32(constants.beta3)
-        ours, start, nominal = losses(
-            with_beta3(constants),
-            [
-                {"theta": state.theta, "beta3": beta3},
-                {"theta": untrained, "beta3": beta3},
-                {"theta": untrained, "beta3": np.float32(0)},
-            ],
+    def require(holds, what):
+        if not holds:
+            raise UserError(what)
+
+    for name in ("steps", "particles", "horizon", "truncation", "checkpoint_every"):
+        fits = 1 <= getattr(recipe, name) < 2**31
+        require(fits, f"--{name.replace('_', '-')} must be in 1 .. 2^31 - 1")
+    for name in ("meta_lr", "clip", "sigma"):
+        value = getattr(recipe, name)
+        require(
+            0 < value < 1e38, f"--{name.replace('_', '-')} must be above 0, in float32"
         )
-    adam = losses(BASELINES["adam"], rates(learning_rates)).mean(1)
-    fresh = {
-        "fresh_loss": round(float(ours.mean()), 4),
-        "fresh_loss_std": round(float(ours.std(ddof=1)), 4),
-        "untrained_loss": round(float(start.mean()), 4),
-        "adam_loss": round(float(adam.min()), 4),
-        "adam_learning_rate": learning_rates[int(adam.argmin())],
-    }
-    if constants is not None and constants.nominal != "none":
-        fresh["nominal_loss"] = round(float(nominal.mean()), 4)
-    return fresh
+    require(0 <= recipe.weight_decay < 1e38, "--weight-decay must be 0 or more")
+    require(0 <= recipe.seed < 2**32, "--seed must be in 0 .. 2^32 - 1")
+    share, long = recipe.start_horizon, recipe.horizon
+    require(
+        0 < share <= 1, "--start-horizon is a share of --horizon, above 0 and up to 1"
+    )
+    divides = f"--truncation {recipe.truncation} does not divide --horizon {long}"
+    require(long % recipe.truncation == 0, divides)
+    enough = recipe.estimator != "merged" or recipe.particles >= 4
+    require(enough, "--estimator merged needs 4 --particles or more for its variances")
+    require(not (recipe.resume and recipe.init), "--init does not apply to --resume")
+    require(recipe.devices >= 1, "--devices must be at least 1")
+    peers = (recipe.coordinator, recipe.num_processes, recipe.process_id)
+    together = peers == (None,) * 3 or (recipe.distributed and None not in peers)
+    words = "--coordinator, --num-processes and --process-id"
+    require(together, f"{words} go together, and with --distributed")
 
 
-# The command line.
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(argv, __doc__)
-    if config.distributed:
-        devices.join(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
-            config.peer_timeout,
-        )
-    mesh, writes = devices.mesh_of(config.devices), jax.process_index() == 0
-    if mesh and config.particles % mesh.size:
-        raise UserError(
-            f"--particles {config.particles} cannot be shared by {mesh.size} devices"
-        )
-    name = f"{config.task}-{config.optimizer}-seed{config.seed}"
-    folder = pathlib.Path(config.out or f"runs/{name}")
-    if not config.resume and (folder / "checkpoint.npz").exists():
-        raise UserError(
-            f"{folder} holds a run already: --resume it, or choose another --out"
-        )
-    if config.init:
-        load_theta(config.init)  # a bad file is refused before data is looked for
-    data, about = TASKS[config.task].load(config.data, config.data_dir)
+def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
+    """Exit code. recipe: its class. Scripts that train otherwise hand in their own."""
+    recipe = parse(argv, recipe, tasks)
+    if recipe.distributed:
+        devices.join(recipe.coordinator, recipe.num_processes, recipe.process_id)
+    mesh, writes = devices.mesh_of(recipe.devices), jax.process_index() == 0
+    if mesh and recipe.particles % mesh.size:
+        several = f"--particles {recipe.particles}"
+        raise UserError(f"{several} cannot be shared by {mesh.size} devices")
+    name = f"{recipe.task}-{recipe.optimizer}-seed{recipe.seed}"
+    folder = pathlib.Path(recipe.out or f"runs/{name}")
+    if not recipe.resume and (folder / "checkpoint.npz").exists():
+        raise UserError(f"{folder} holds a run: --resume it, or choose another --out")
+    spec = tasks[recipe.task]
+    made = parts(recipe, spec.build)
+    if recipe.init:
+        made.load(recipe.init)  # a bad file is refused before data is looked for
+    data, about = spec.load(recipe.data, recipe.data_dir)
     if about["stand_in"]:
         print("STAND-IN DATA: results say nothing about the real task", flush=True)
-
-    state, seconds = init_state(config, data), 0.0
-    if config.init:
-        state = start_from(config, data, state)
-        if int(state.step):
-            seconds = 60 * minutes_spent(config.init)
-    if writes and not config.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-    with only_run_in(folder) if writes else contextlib.nullcontext():
-        if config.resume:
-            config, state = load_checkpoint(folder, config, about, state)
-        return run(config, folder, about, data, state, seconds)
-
-
-def run(
-    config: Config,
-    folder: pathlib.Path,
-    about: dict,
-    data: Any,
-    state: TrainState,
-    seconds: float,
-) -> int:
-    """Meta-training from this state on, `seconds` of which are spent: the exit code."""
-    mesh, writes = devices.mesh_of(config.devices), jax.process_index() == 0
-    text = json.dumps({**dataclasses.asdict(config), **about}, indent=1) + "\n"
+    state = init_state(recipe, made, data)
+    if recipe.init:
+        state = start_from(recipe, made, data, state)
     if writes:
-        write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
-    keep = int(state.step) if config.resume else 0
-    log = Log(folder / "log.csv" if writes else None, keep, seconds)
-    print(text, end="")
+        folder.mkdir(parents=True, exist_ok=True)
+    with store.only_run_in(folder) if writes else contextlib.nullcontext():
+        if recipe.resume:
+            recipe, state = load_checkpoint(folder, recipe, about, state)
+        return run(recipe, made, spec.build, folder, about, data, state)
+
+
+def run(recipe, made, build, folder, about, data, state) -> int:
+    """Meta-training from this state to its end, or to Ctrl-C: the exit code."""
+    writes = jax.process_index() == 0
+    rows = log_rows(folder, int(state.step)) if recipe.resume else []
+    text = json.dumps({**dataclasses.asdict(recipe), **about}, indent=1)
+    print(text)
+    if writes:
+        store.save_json(folder / "config.json", json.loads(text))
+        write_log(folder, rows)
+    mesh = devices.mesh_of(recipe.devices)
     begin = time.perf_counter()
     split = devices.place(state.particles, mesh, devices.SPLIT)
     state = devices.place(state._replace(particles=()), mesh)._replace(particles=split)
     placed = devices.place(data, mesh)
-    step_fn = compile_meta_step(config, placed, state)
+    step_fn = compile_meta_step(recipe, made, placed, state)
     seconds = time.perf_counter() - begin
     print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
-    lost = "the run has lost a process; go on from its checkpoint with --resume"
-    with devices.one_line_if_lost(f"train.py: {folder}: {lost}"):
-        state, finished = loop(config, folder, about, placed, state, log, step_fn)
-        devices.leave()
-    if not writes:
-        return 0 if finished else 130
-    if not finished:
-        print(f"interrupted; go on with --resume (saved at {int(state.step)})")
+    state = loop(recipe, made, folder, about, placed, state, rows, step_fn)
+    devices.leave()
+    step = int(state.step)
+    if step < recipe.steps:
+        print(f"interrupted; go on with --resume (saved at {step})")
         return 130
-    return finish(config, folder, about, data, state, log)
+    if writes:
+        finish(recipe, made, build, folder, about, data, state, rows)
+    return 0
 
 
-def loop(
-    config: Config,
-    folder: pathlib.Path,
-    about: dict,
-    data: Any,
-    state: TrainState,
-    log: Log,
-    step_fn: Callable,
-) -> tuple[TrainState, bool]:
-    """Meta-steps up to --steps, or to an interrupt: (state, whether it is finished)."""
-    _, _, key = run_keys(config)
-    pending, writes = [], jax.process_index() == 0
+def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
+    """Meta-steps up to --steps, or to an interrupt. rows: of the log, gains one a step."""
+    key, first, pending = run_keys(recipe)[2], int(state.step), []
+    writes, spent = jax.process_index() == 0, rows[-1][-1] if rows else 0.0
+    zero = time.perf_counter() - spent
 
     def flush():
-        if pending:
-            seconds = log.add(pending)
-            step, _, grad_norm, *_ = log.rows[-1]
-            rate = float(inner_steps_at(config, step - 1)) / seconds
-            left = clock((config.steps - step) * seconds)
-            print(
-                f"meta-step {int(step)}/{config.steps}  meta-loss {log.smoothed():.4f}  "
-                f"|g| {grad_norm:.3f}  {rate:.0f} inner steps/s  {left} left",
-                flush=True,
-            )
-            pending.clear()
+        new = [[float(x) for x in row] for row in pending]  # waits for the device
+        pending.clear()
+        if not new:
+            return
+        last = rows[-1][-1] if rows else spent
+        seconds = (time.perf_counter() - zero - last) / len(new)
+        rows.extend([*row, last + (i + 1) * seconds] for i, row in enumerate(new))
+        if writes:
+            write_log(folder, rows[-len(new) :], "ab")
+        step, _, grad_norm, *_ = rows[-1]
+        recent = baselines.ema([row[1] for row in rows[-200:]], 0.95)[-1]
+        rate = (made.inner_steps(step) - made.inner_steps(step - 1)) / seconds
+        left = store.clock((recipe.steps - step) * seconds)
+        print(
+            f"meta-step {int(step)}/{recipe.steps}  meta-loss {recent:.4f}  "
+            f"|g| {grad_norm:.3f}  {float(rate):.0f} inner steps/s  {left} left",
+            flush=True,
+        )
 
-    def save():
+    def save_all():
         flush()
         whole = devices.fetch(state)
-        check_finite(whole)
         if writes:
-            save_checkpoint(folder, config, about, whole)
-            save_theta(folder, make_card(config, about, int(whole.step), log), whole)
+            card = make_card(recipe, made, about, int(whole.step), rows)
+            save(folder, recipe, made, about, whole, card)
 
-    first = int(state.step)
-    if not config.resume:
-        save()  # so that a run killed before its first checkpoint resumes, too
-    log.last = time.perf_counter()
+    if not recipe.resume:
+        save_all()  # so that a run killed before its first checkpoint resumes, too
     with interrupts() as interrupted:
-        for step in range(first, config.steps):
+        for step in range(first + 1, recipe.steps + 1):
             state, metrics = step_fn(data, key, state)
-            names = ("loss", "grad_norm", "grad_noise")
-            pending.append([step + 1, *(metrics[name] for name in names)])
-            done = step + 1
-            if done % config.log_every == 0:
+            pending.append([step, *(metrics[k] for k in ("loss", *COLUMNS[2:4]))])
+            if step % 10 == 0:
                 flush()
-            stop = devices.stop_after(done, bool(interrupted))
-            if stop or done % config.checkpoint_every == 0 or done == config.steps:
-                save()
+            stop = devices.stop_after(step, bool(interrupted))
+            if stop or step % recipe.checkpoint_every == 0 or step == recipe.steps:
+                save_all()
             if stop:
                 break
-    state = devices.fetch(state)
-    return state, int(state.step) == config.steps
+    return devices.fetch(state)
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
+def interrupts():
     """A list that Ctrl-C fills, to look at between steps: the state of a step under way
     is donated, and cannot be saved. A second Ctrl-C stops at once."""
     asked = []
@@ -668,30 +641,43 @@ def interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def finish(
-    config: Config,
-    folder: pathlib.Path,
-    about: dict,
-    data: Any,
-    state: TrainState,
-    log: Log,
-) -> int:
+def write_log(folder: pathlib.Path, rows: list, mode: str = "wb") -> None:
+    """Rows of log.csv, appended with mode "ab"; else a new file with a header."""
+    lines = [f"{int(r[0])}," + ",".join(f"{x:.6g}" for x in r[1:]) for r in rows]
+    if mode == "wb":
+        lines = [",".join(COLUMNS), *lines]
+    with open(folder / "log.csv", mode) as file:
+        file.write("".join(line + "\n" for line in lines).encode())
+
+
+def log_rows(folder: pathlib.Path, step: int) -> list:
+    """The rows of log.csv up to this meta-step; kill -9 may have left more."""
+    try:
+        with open(folder / "log.csv", newline="") as file:
+            rows = [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if row[0] <= step]
+
+
+def finish(recipe, made, build, folder, about, data, state, rows) -> None:
     """Compare on fresh seeds; the last card, the figure and the last lines."""
-    fresh = fresh_runs(config, data, state)
-    card = make_card(config, about, int(state.step), log)
-    save_theta(folder, card | fresh, state)
-    plot(folder, config, log, fresh, about)
-    nominal = fresh.get("nominal_loss")
-    alone = f" (its nominal term alone {nominal:.4f})" if nominal is not None else ""
+    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
+    card = make_card(recipe, made, about, int(state.step), rows)
+    card |= fresh_runs(recipe, made, build, data, theta)
+    save(folder, recipe, made, about, state, card)
+    plot(folder, recipe, rows, card)
+    alone = f" (its nominal term alone {card['nominal_loss']})" * (
+        "nominal_loss" in card
+    )
     print(
-        f"mean training loss over {config.horizon} inner steps, 3 fresh seeds: "
-        f"theta {fresh['fresh_loss']:.4f} +- {fresh['fresh_loss_std']:.4f}, "
-        f"untrained {fresh['untrained_loss']:.4f}{alone}, "
-        f"Adam {fresh['adam_learning_rate']:g} {fresh['adam_loss']:.4f}"
+        f"mean training loss over {recipe.horizon} inner steps, 3 fresh seeds: "
+        f"theta {card['fresh_loss']:.4f} +- {card['fresh_loss_std']:.4f}, "
+        f"untrained {card['untrained_loss']:.4f}{alone}, "
+        f"Adam {card['adam_learning_rate']:g} {card['adam_loss']:.4f}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("train.py", main))
+    sys.exit(store.run_command("train.py", main))
