@@ -1,173 +1,208 @@
 """Tune the baselines: python -m experiments.tuning --task fmnist --optimizers adam,nadamw
 
-Trains each task with every candidate (appendix B.3 of the STAR paper: Adam at half orders
-of magnitude, NAdamW with configurations of a list of 1000) and keeps the one that ends
-with the lowest training loss. Writes a file of results, one a line; what is there already
-with the same settings is not run again. `tuned.json` beside this module is the file that
-comes with the repository, and what eval.py reads.
+Trains each task with every candidate and keeps the one that ends with the lowest training
+loss (appendix B.3 of the STAR paper): Adam at half orders of magnitude, NAdamW with
+configurations of a list of 1000. Writes one search a line, and skips what the file has
+already. `tuned.json` beside this module is the file that eval.py reads.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import json
+import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-import tasks
-from baselines import (
-    BASELINES,
-    GRIDS,
-    LEARNING_RATES,
-    NADAMW_CONFIGURATIONS,
-    SEARCHED,
-    as_theta,
-    candidates,
-    lowest,
-)
-from inner import batching, compiler_options, inner_training
+from baselines import BASELINES, LEARNING_RATES, as_theta, curves, from_optax
+from experiments.catalogue import SUITES, TASKS
 from store import Arguments, UserError, clock, run_command, write_atomically
 
 TUNED = pathlib.Path(__file__).resolve().parent / "tuned.json"
 SEARCH_SEED = 30_000  # apart from the seeds of training and of evaluation
-TAIL = 10  # the criterion looks at the last steps / TAIL losses
 CRITERION = "mean of the last tenth of the training losses"
-AT_ONCE = 16  # candidates that train side by side on an accelerator
-SECONDS_BETWEEN_LINES = 10.0
 
 
-class Settings(NamedTuple):
-    """What names a search, with the data: the same settings give the same result."""
+def adam8(
+    learning_rate, exponential_decay=0.0, linear_decay=0.0, l1=0.0, l2=0.0, **adam
+) -> optax.GradientTransformation:
+    """Adam with the eight hyperparameters of Metz et al. 2019, section 4.4.
 
-    task: str
-    optimizer: str
-    budget: int  # candidates
-    steps: int  # inner steps, T of the schedules
-    seed: int
-
-
-def train_candidates(
-    build: Callable,
-    data: Any,
-    optimizer: Any,
-    thetas: list[dict[str, float]],
-    settings: Settings,
-    report: Callable,
-) -> np.ndarray:
-    """Training losses (candidates, steps), nan after a run's first loss that is not finite.
-
-    There the run stops: it could not win any more, and need not cost more. build:
-    (data, key) -> Task. All see the same initial parameters and the same batches, those
-    of `inner.curves` with the same key. report: called with the number of runs done.
+        lr_s = lr exp(-exponential_decay s) max(1 - linear_decay s, 0),  s = 0, 1, ...
+        of the loss + l1 |p|_1 + l2 |p|_2^2 / 2
+    adam: b1, b2, eps. The paper names the eight. The formulas are ours.
     """
-    key = jax.random.key(SEARCH_SEED + settings.seed)
-    init_key, run_key = jax.random.split(key)
-    steps = settings.steps
 
-    def run(data, theta):
-        fresh, step = inner_training(partial(build, data), optimizer)
+    def regularize(grads, params):
+        return jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + l2 * p, grads, params)
 
-        def alive(state):
-            t, _, losses = state
-            return (t < steps) & ((t == 0) | jnp.isfinite(losses[t - 1]))
+    def rate(step):
+        linear = jnp.maximum(1 - linear_decay * step, 0.0)
+        return learning_rate * jnp.exp(-exponential_decay * step) * linear
 
-        def one(state):
-            t, carry, losses = state
-            carry, loss = step(theta, carry, jax.random.fold_in(run_key, t))
-            return t + 1, carry, losses.at[t].set(loss)
+    return optax.chain(
+        optax.stateless(regularize),
+        optax.scale_by_adam(**adam),
+        optax.scale_by_learning_rate(rate),
+    )
 
-        start = jnp.int32(0), fresh(init_key), jnp.full(steps, jnp.nan)
-        return jax.lax.while_loop(alive, one, start)[2]
 
-    @partial(jax.jit, compiler_options=compiler_options())
-    def train(data, thetas):
-        return batching()(partial(run, data))(thetas)
+MORE = {"sgd": optax.sgd, "rmsprop": optax.rmsprop, "adam8": adam8}
+OPTIMIZERS = BASELINES | {"nadamw_quirks": BASELINES["nadamw"]}  # with other thetas
+OPTIMIZERS |= {name: from_optax(f, {"learning_rate": 1e-3}) for name, f in MORE.items()}
+GRIDS = ("adam", "sgdm", "rmsprop", "sgd")  # searched over learning rates alone
 
-    # One by one on a CPU, where `batching` would do so, too, but without a report.
-    size = 1 if jax.default_backend() == "cpu" else min(AT_ONCE, len(thetas))
-    losses = []
-    for first in range(0, len(thetas), size):
-        group = thetas[first : first + size]
-        padded = group + group[:1] * (size - len(group))  # one shape, compiled once
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(as_theta, padded))
-        losses += list(np.asarray(train(data, stacked))[: len(group)])
-        report(len(losses))
-    return np.stack(losses)
+# Seeds of the list's first hundred entries: what a budget should try first.
+NADAMW_ORDER = """
+251 611 799 209 739 713 437 25 342 743 515 324 135 705 934 741 119 770 794 189 829 607
+68 958 700 527 865 807 364 374 639 579 494 409 153 697 797 986 111 410 274 941 150 853
+90 422 795 937 148 787 116 336 198 327 693 390 999 801 118 385 296 597 726 900 338 985
+249 672 760 160 507 666 944 8 604 12 344 989 261 966 343 247 493 175 350 17 476 509 161
+813 407 18 191 58 996 230 203 621 737 165
+"""
+NADAMW_CONFIGURATIONS = 1000
+
+
+def log_uniform(rng: np.random.RandomState, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def nadamw_config(seed: int) -> dict[str, float]:
+    """Configuration `seed`, 0 to 999, of the 1000 random ones (appendix B.3), as drawn.
+
+    The list that the paper searches has these in another order. warmup and constant are
+    fractions of the run.
+    """
+    rng = np.random.RandomState(seed + 14358)
+    draw = partial(log_uniform, rng)
+    config = {
+        "learning_rate": draw(1e-5, 1),
+        "b1": 1 - draw(1e-3, 1),
+        "b2": 1 - draw(1e-5, 1),
+        "eps": draw(1e-8, 1e4),
+        "nesterov": float(rng.uniform() > 0.5),
+    }
+    kind = rng.uniform()  # of decay: the decoupled one, l2, or both
+    config["weight_decay"] = 0.0 if 0.3333 <= kind < 0.6666 else draw(1e-5, 0.1)
+    config["l2"] = 0.0 if kind < 0.3333 else draw(1e-5, 0.1)
+    config["warmup"] = draw(1e-5, 0.1) if rng.uniform() > 0.5 else 0.0
+    config["min_multiplier"] = 0.0 if rng.uniform() > 0.5 else draw(1e-5, 1)
+    config["constant"] = float(rng.uniform())
+    return config
+
+
+def nadamw_theta(config: dict, steps: int, quirks: bool = False) -> dict[str, float]:
+    """`nadamw`'s theta of a configuration, for a run of `steps`.
+
+    The warm-up ends where the constant part does, if not before: min(warmup, constant).
+    quirks: the published code, and so the paper's baseline. It has max(warmup, constant),
+    one ramp up to where the decay begins. Its l2 term has the other sign and drives the
+    weights outwards.
+    """
+    warmup, l2 = config["warmup"], config["l2"]
+    if warmup > 0:
+        warmup = (max if quirks else min)(warmup, config["constant"])
+    theta = {"warmup": warmup, "l2": 0.0 - l2 if quirks else l2, "steps": float(steps)}
+    return config | theta
+
+
+def adam8_config(seed: int, steps: int) -> dict[str, float]:
+    """Random hyperparameters of `adam8`, for a run of `steps`.
+
+    Metz et al. 2019 do not print their ranges. Ours are uniform in the logarithm. Over
+    the whole run the exponential decay takes a factor of e^0.1 to e^10, and the linear one
+    0.1 to 1 of the rate.
+    """
+    draw = partial(log_uniform, np.random.RandomState(seed))
+    return {
+        "learning_rate": draw(1e-4, 1e-1),
+        "b1": 1 - draw(1e-2, 1),
+        "b2": 1 - draw(1e-4, 1e-1),
+        "eps": draw(1e-8, 1e-2),
+        "exponential_decay": draw(0.1, 10) / steps,
+        "linear_decay": draw(0.1, 1) / steps,
+        "l1": draw(1e-8, 1e-3),
+        "l2": draw(1e-8, 1e-3),
+    }
+
+
+def candidates(optimizer: str, budget: int, steps: int) -> list[dict[str, float]]:
+    """The thetas to try, as plain numbers, for runs of `steps`.
+
+    adam, sgdm, rmsprop, sgd: `LEARNING_RATES`, whatever the budget. nadamw: the first
+    `budget` of the 1000 configurations, the learned order's hundred in front, then by
+    seed. nadamw_quirks: the same with `quirks`. adam8: `budget` random draws.
+    """
+    if optimizer in GRIDS:
+        return [{"learning_rate": rate} for rate in LEARNING_RATES]
+    if optimizer == "adam8":
+        return [adam8_config(seed, steps) for seed in range(budget)]
+    order = [int(seed) for seed in NADAMW_ORDER.split()]
+    order += [seed for seed in range(NADAMW_CONFIGURATIONS) if seed not in order]
+    quirks = optimizer == "nadamw_quirks"
+    configs = map(nadamw_config, order[:budget])
+    return [nadamw_theta(config, steps, quirks) for config in configs]
 
 
 def final_losses(losses: np.ndarray) -> np.ndarray:
     """(candidates, steps) -> (candidates,): mean over the last tenth of the steps.
 
     The paper takes the last training loss, of ten batches and five seeds; here the last
-    steps' own batches stand for them. nan for a run that had a loss not finite anywhere.
+    steps' own batches stand for them. inf for a run that had a loss not finite anywhere.
     """
-    tail = losses[:, -max(1, losses.shape[1] // TAIL) :].astype(np.float64)
-    return np.where(np.isfinite(losses).all(1), tail.mean(1), np.nan)
+    tail = losses[:, -max(1, losses.shape[1] // 10) :].astype(np.float64)
+    return np.where(np.isfinite(losses).all(1), tail.mean(1), np.inf)
 
 
-def edge_warning(optimizer: str, best: int) -> str | None:
-    """Said where the best learning rate is the first or the last of the grid."""
+def warning_of(optimizer: str, final: np.ndarray) -> str | None:
+    """Where every run diverged, or the best learning rate is at an edge of the grid."""
+    best = int(final.argmin())
+    if not np.isfinite(final[best]):
+        return "every run diverged"
     if optimizer not in GRIDS or 0 < best < len(LEARNING_RATES) - 1:
         return None
     edge = "highest" if best else "lowest"
     return f"the best learning rate, {LEARNING_RATES[best]:g}, is the {edge} tried"
 
 
-def same_search(settings: Settings, about: dict) -> dict:
-    """The part of a result that says whether it is the one asked for."""
-    names = ("dataset", "dataset_checksum", "stand_in")
-    data = {name: about[name] for name in names}
-    return settings._asdict() | data | {"criterion": CRITERION}
+def tune(asked: dict, data: Any, report: Callable = lambda done: None) -> dict:
+    """Train all candidates from the same parameters on the same batches: asked and found.
 
-
-def tune(
-    settings: Settings, data: Any, about: dict, report: Callable = lambda done: None
-) -> dict:
-    """Train with all candidates: what was found, and all it takes to repeat it.
-
-    data, about: as the task's `load` returns them. In the result "theta" is the best
-    candidate and "loss" its criterion, both None where every run ended in nan; "losses"
-    are those of all candidates in their order, None for nan; "seconds" with compilation.
+    asked: as `main` makes it; the same gives the same result. "theta" of the result is the
+    best candidate and "loss" the criterion, both None where every run diverged. "losses"
+    are those of all candidates, None for a diverged one; "seconds" with compilation.
     """
-    thetas = candidates(settings.optimizer, settings.budget, settings.steps)
-    build, optimizer = tasks.TASKS[settings.task].build, BASELINES[settings.optimizer]
-    begin = time.perf_counter()
-    final = final_losses(
-        train_candidates(build, data, optimizer, thetas, settings, report)
-    )
-    seconds = time.perf_counter() - begin
+    optimizer, steps = asked["optimizer"], asked["steps"]
+    thetas, begin = candidates(optimizer, asked["budget"], steps), time.perf_counter()
+    keys = jax.random.key(SEARCH_SEED + asked["seed"])[None]
+    setting = TASKS[asked["task"]].build, data, OPTIMIZERS[optimizer]
+    tried = list(map(as_theta, thetas))
+    losses = curves(*setting, tried, keys, steps, report=report).losses[:, 0]
+    final = final_losses(losses)
     rounded = [float(f"{x:.6g}") if np.isfinite(x) else None for x in final]
-    best = lowest(final)
-    found = rounded[best] is not None
-    warning = edge_warning(settings.optimizer, best) if found else "every run diverged"
-    return same_search(settings, about) | {
-        "theta": thetas[best] if found else None,
+    best, packages = int(final.argmin()), ("jax", "numpy", "optax")
+    return asked | {
+        "theta": None if rounded[best] is None else thetas[best],
         "loss": rounded[best],
         "losses": rounded,
-        "warning": warning,
-        "seconds": round(seconds, 1),
+        "warning": warning_of(optimizer, final),
+        "seconds": round(time.perf_counter() - begin, 1),
         "device": jax.devices()[0].device_kind,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "numpy", "optax")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
-# Files of results.
-
-
 def load_tuned(path: str | pathlib.Path = TUNED) -> dict[tuple[str, str, int], dict]:
-    """{(task, optimizer, steps): result of `tune`}; {} without a file.
-
-    Raises UserError for a file that is not one of these.
-    """
+    """{(task, optimizer, steps): result of `tune`}; {} without a file."""
     try:
         results = json.loads(pathlib.Path(path).read_text())
         return {(r["task"], r["optimizer"], r["steps"]): r for r in results}
@@ -177,105 +212,55 @@ def load_tuned(path: str | pathlib.Path = TUNED) -> dict[tuple[str, str, int], d
         raise UserError(f"{path} is not a file of tuned baselines") from None
 
 
-def tuned_theta(
-    task: str, optimizer: str, steps: int, path: str | pathlib.Path = TUNED
-) -> dict | None:
-    """The best theta {name: float} of a search over runs of just `steps`, or None."""
-    return load_tuned(path).get((task, optimizer, steps), {}).get("theta")
-
-
-def save_tuned(path: str | pathlib.Path, results: dict) -> None:
+def save_tuned(path: pathlib.Path, results: dict) -> None:
     """One result a line, by task, optimizer and steps."""
     lines = [json.dumps(results[key], allow_nan=False) for key in sorted(results)]
     text = "[\n" + ",\n".join(lines) + "\n]\n"
-    write_atomically(pathlib.Path(path), lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
-# The command line.
+def reporter(label: str, steps: int) -> Callable:
+    """report(inner steps done) for `tune`: a line with the time left of this search."""
+    begin = time.perf_counter()
 
-
-def time_left(todo: dict[str, int], pace: dict[str, float]) -> float:
-    """Seconds for the runs to do, {task: number}, at the pace {task: seconds a run}.
-
-    A task that has not begun is taken to need what the others need on average.
-    """
-    usual = sum(pace.values()) / len(pace)
-    return sum(n * pace.get(task, usual) for task, n in todo.items())
-
-
-def reporter(label: str, task: str, total: int, todo: dict, pace: dict) -> Callable:
-    """report(runs done) for `tune`: keeps the pace, and prints a line now and then."""
-    begin = printed = time.perf_counter()
-
-    def report(done: int) -> None:
-        nonlocal printed
-        now = time.perf_counter()
-        pace[task] = (now - begin) / done
-        if now - printed > SECONDS_BETWEEN_LINES and done < total:
-            left = clock(time_left(todo | {task: todo[task] - done}, pace))
-            print(
-                f"{label}  {done}/{total}  {pace[task]:.2f} s a run  {left} left",
-                flush=True,
-            )
-            printed = now
+    def report(done):
+        left = clock((time.perf_counter() - begin) / done * (steps - done))
+        print(f"{label}: {done}/{steps} inner steps, {left} left", flush=True)
 
     return report
 
 
 def line(result: dict) -> str:
     """A result for the user."""
-    lost = result["losses"].count(None)
-    loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
+    lost, number = result["losses"].count(None), len(result["losses"])
+    text = f"{result['task']} {result['optimizer']}: {result['loss']}, best of {number}"
+    text += f" ({lost} diverged) in {result['seconds']} s"
     theta = [f"{key} {value:.5g}" for key, value in (result["theta"] or {}).items()]
-    warning = f"  WARNING: {result['warning']}" if result["warning"] else ""
-    return (
-        f"{result['task']} {result['optimizer']}: {loss}, best of "
-        f"{len(result['losses'])} ({lost} diverged) in {result['seconds']} s: "
-        f"{', '.join(theta)}{warning}"
-    )
+    warning = [f"WARNING: {result['warning']}"] if result["warning"] else []
+    return ", ".join([text, *theta, *warning])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--suite", default="small", help=f"of tasks: {', '.join(tasks.SUITES)}")
-    add(
-        "--task", action="append", help="these tasks instead; several times, if need be"
-    )
+    add("--suite", default="small", choices=tuple(SUITES), help="of tasks")
+    add("--task", action="append", choices=tuple(TASKS), metavar="NAME", help="instead")
     add("--steps", type=int, default=2000, help="inner steps (default 2000)")
-    add(
-        "--optimizers",
-        default="adam,nadamw",
-        help=f"comma-separated, of {', '.join(SEARCHED)}",
-    )
-    add("--nadamw", type=int, default=10, help="configurations of nadamw (default 10)")
-    add("--adam8", type=int, default=10, help="random draws of adam8 (default 10)")
+    text = f"comma-separated, of {', '.join(OPTIMIZERS)}"
+    add("--optimizers", default="adam,nadamw", help=text)
+    add("--nadamw", type=int, default=10, help="candidates where no grid is searched")
     add("--seed", type=int, default=0, help="of the parameters and batches (default 0)")
     add("--data", default="auto", choices=("real", "stand-in", "auto"))
     add("--data-dir", help="folder that holds the data sets")
     add("--out", default="runs/tuned.json", help="default runs/tuned.json")
     args = parser.parse_args(argv)
-    if args.suite not in tasks.SUITES:
-        raise UserError(f"unknown suite {args.suite!r}: {', '.join(tasks.SUITES)}")
-    args.task = list(dict.fromkeys(args.task or tasks.SUITES[args.suite]))
-    args.optimizers = [name for name in args.optimizers.split(",") if name]
-    for kind, names, known in (
-        ("task", args.task, tasks.TASKS),
-        ("optimizer", args.optimizers, SEARCHED),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            which = repr(unknown[0]) if unknown else "''"
-            raise UserError(f"unknown {kind} {which}: one of {', '.join(known)}")
-    for name in ("steps", "nadamw", "adam8"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.nadamw > NADAMW_CONFIGURATIONS:
-        raise UserError(f"--nadamw: there are {NADAMW_CONFIGURATIONS} configurations")
-    if args.seed < 0:
-        raise UserError("--seed must be at least 0")
+    args.task = args.task or SUITES[args.suite]
+    args.optimizers = args.optimizers.split(",")
+    for name in args.optimizers:
+        if name not in OPTIMIZERS:
+            raise UserError(f"unknown optimizer {name!r}: {text}")
+    if args.steps < 1 or args.seed < 0 or not 1 <= args.nadamw <= NADAMW_CONFIGURATIONS:
+        raise UserError("--steps from 1, --seed from 0, --nadamw in 1 .. 1000")
     return args
 
 
@@ -284,36 +269,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = pathlib.Path(args.out)
     results = load_tuned(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    budgets = dict.fromkeys(GRIDS, len(LEARNING_RATES)) | {
-        "nadamw": args.nadamw,
-        "nadamw_quirks": args.nadamw,
-        "adam8": args.adam8,
-    }
-    todo = dict.fromkeys(args.task, sum(budgets[name] for name in args.optimizers))
-    pace = {}
-    for task in args.task:
-        data, about = tasks.TASKS[task].load(args.data, args.data_dir)
-        for optimizer in args.optimizers:
-            budget, label = budgets[optimizer], f"{task} {optimizer}"
-            settings = Settings(task, optimizer, budget, args.steps, args.seed)
-            before = results.get((task, optimizer, args.steps), {})
-            wanted = same_search(settings, about)
-            if all(before.get(name) == value for name, value in wanted.items()):
-                print(f"{label}: in {path} already", flush=True)
-            else:
-                report = reporter(label, task, budget, todo, pace)
-                result = tune(settings, data, about, report)
-                results[task, optimizer, args.steps] = result
-                save_tuned(path, results)
-                print(line(result), flush=True)
-            todo[task] -= budget
+    for task, optimizer in itertools.product(args.task, args.optimizers):
+        data, about = TASKS[task].load(args.data, args.data_dir)
+        budget = len(LEARNING_RATES) if optimizer in GRIDS else args.nadamw
+        asked = dict(task=task, optimizer=optimizer, budget=budget, steps=args.steps)
+        asked |= {k: about[k] for k in ("dataset", "dataset_checksum", "stand_in")}
+        asked |= {"seed": args.seed, "criterion": CRITERION}
+        label, which = f"{task} {optimizer}", (task, optimizer, args.steps)
+        if asked.items() <= results.get(which, {}).items():
+            print(f"{label}: in {path} already", flush=True)
+            continue
+        results[which] = tune(asked, data, reporter(label, args.steps))
+        save_tuned(path, results)
+        print(line(results[which]), flush=True)
     print(f"results in {path}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_command("tuning.py", main))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last result")
-        sys.exit(130)
+    sys.exit(run_command("tuning.py", main))
