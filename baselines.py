@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from estimators import clip_loss
 from star import LearnedOptimizer
 from tasks import compiler_options, each, fresh, inner_step
 
@@ -187,3 +188,51 @@ def ema(values: Any, decay: float) -> np.ndarray:
         mean = decay * mean + (1 - decay) * values[..., t]
         out[..., t] = mean / (1 - decay ** (t + 1))
     return out
+
+
+# --- what train.py says at its end
+def on_fresh_seeds(build, data, optimizer, thetas: dict, steps: int) -> dict:
+    """Mean training loss of each theta and of Adam, on three fresh seeds, for a card.
+
+    Losses are clipped as the meta-loss is. Adam has the best of three learning rates.
+    """
+    keys, rates = jax.random.split(jax.random.key(10_000), 3), (1e-3, 3e-3, 1e-2)
+    limit = build(data, keys[0]).loss_limit
+
+    def losses(optimizer, thetas):  # (thetas, seeds)
+        found = curves(build, data, optimizer, thetas, keys, steps).losses
+        return np.asarray(clip_loss(found, limit)).mean(2)
+
+    ours = losses(optimizer, list(thetas.values()))
+    adam = losses(BASELINES["adam"], [as_theta({"learning_rate": r}) for r in rates])
+    card = {f"{name}_loss": x for name, x in zip(thetas, ours.mean(1), strict=True)}
+    card |= {"fresh_loss_std": ours[0].std(ddof=1), "adam_loss": adam.mean(1).min()}
+    card = {name: round(float(x), 4) for name, x in card.items()}
+    return card | {"adam_learning_rate": rates[int(adam.mean(1).argmin())]}
+
+
+def draw_meta_training(rows: np.ndarray, card: dict) -> Any:
+    """A figure: the meta-loss, (meta-steps, 2), with the losses on the card for scale."""
+    import matplotlib.figure
+
+    steps, losses = rows.T
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, "C0", alpha=0.25, lw=0.7)
+    axes.plot(steps, ema(losses, 0.95), "C0", label="meta-loss (EMA 0.95)")
+    names = {"fresh": "theta on fresh seeds", "untrained": "untrained"}
+    names |= {"nominal": "nominal term alone", "adam": "Adam, best of three rates"}
+    lines = [
+        (name, card[f"{k}_loss"]) for k, name in names.items() if f"{k}_loss" in card
+    ]
+    for i, (name, value) in enumerate(lines, 1):
+        axes.axhline(value, color=f"C{i}", ls="--", lw=1, label=f"{name}: {value:.3f}")
+    low, high = np.percentile([*losses, *(value for _, value in lines)], [0, 97])
+    axes.set(
+        xlabel="meta-steps",
+        ylabel="mean training loss of the unrolls (nats)",
+        title=f"{card['optimizer']}, {card['task']}\n{card['dataset']}",
+        ylim=(0.97 * low, 1.05 * high),
+    )
+    axes.legend()
+    return figure

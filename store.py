@@ -2,17 +2,23 @@
 
 import argparse
 import contextlib
+import csv
+import dataclasses
 import json
 import os
 import pathlib
+import platform
+import shlex
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
+import star
 from data import DataError
 
 try:
@@ -30,6 +36,29 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict:
+    """What a command line gives of the dataclass `kind`: {field: value}.
+
+    Fields with metadata "help" are flags; "choices" are all they may be.
+    """
+    parser = Arguments(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(kind):
+        if not field.metadata:
+            continue
+        name = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} (default {field.default})"
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", default=None, help=text)
+        else:
+            of, *_ = get_args(field.type) or (field.type,)
+            choices = field.metadata.get("choices")
+            parser.add_argument(name, type=of, choices=choices, help=text)
+    given = vars(parser.parse_args(argv))
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run_command(program: str, main: Callable, argv: Sequence[str] | None = None) -> int:
@@ -72,7 +101,7 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray], where: Any) -> Any:
             raise UserError(
                 f"{where} does not fit this run: {name} is {found}, not {expected}"
             )
-        return jax.numpy.asarray(x)
+        return jnp.asarray(x)
 
     return jax.tree_util.tree_map_with_path(one, template)
 
@@ -80,11 +109,11 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray], where: Any) -> Any:
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError):
+    except Exception:  # a damaged zip makes zipfile raise nearly anything
         raise UserError(f"{path} cannot be read as a .npz file") from None
 
 
@@ -134,6 +163,115 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 def save_figure(path: pathlib.Path, figure: Any, dpi: int = 150) -> None:
     """A matplotlib figure as PNG, written as `write_atomically` does."""
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
+
+
+# --- the files of a run of train.py, made from its Recipe, Parts and TrainState
+# What a resumed run may change; all else is its recipe.
+NOT_RECIPE = ("data_dir", "out", "init", "fresh_meta", "resume", "checkpoint_every")
+NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "process_id")
+
+
+def unravel_of(optimizer: star.LearnedOptimizer) -> Callable:
+    """flat theta -> theta."""
+    return ravel_pytree(optimizer.init_theta(jax.random.key(0)))[1]
+
+
+def save_run(folder, recipe, made, about, state, card) -> None:
+    """checkpoint.npz, then theta.npz with its card and what `--init` needs elsewhere.
+
+    UserError where theta or AdamW's means have overflowed: they are better not saved.
+    """
+    if not all(
+        np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.meta))
+    ):
+        raise UserError(
+            f"theta or its AdamW overflowed before meta-step {int(state.step)}; the "
+            "checkpoint is of earlier: begin anew with a lower --meta-lr or --clip"
+        )
+    made_with = np.array(json.dumps(dataclasses.asdict(recipe) | about))
+    whole = flatten(state) | {"made_with": made_with}
+    write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **whole))
+    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
+    go_on = flatten({"step": state.step, "meta": state.meta})
+    go_on = {f"train/{name}": x for name, x in go_on.items()}
+    write_atomically(
+        folder / "theta.npz", lambda f: star.save_theta(f, theta, card, **go_on)
+    )
+    save_json(folder / "theta.json", card)
+
+
+def load_checkpoint(folder, recipe, about, template):
+    """(recipe, state) of a run to go on with. UserError where recipe or data differ."""
+    path = folder / "checkpoint.npz"
+    arrays = read_npz(path)
+    if "made_with" not in arrays:
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    saved = json.loads(str(arrays.pop("made_with")))
+    if saved["dataset_checksum"] != about["dataset_checksum"]:
+        raise UserError(f"{path} was made on other data than {about['dataset']}")
+    for name, value in dataclasses.asdict(recipe).items():
+        if name not in NOT_RECIPE and saved.get(name) != value:
+            was = f"--{name.replace('_', '-')} {saved.get(name)}"
+            raise UserError(f"{path} was made with {was}, not {value}")
+    origin = {name: saved[name] for name in ("init", "fresh_meta")}
+    state = unflatten(template, arrays, path)
+    return dataclasses.replace(recipe, **origin), state
+
+
+def make_card(recipe: Any, made: Any, about: dict, rows: list) -> dict:
+    """What theta is and how it was made; all of it can be written as JSON."""
+    device, step = jax.devices()[0], int(rows[-1][0]) if rows else 0
+    recent = float(np.mean([row[1] for row in rows[-100:]])) if rows else 0.0
+    return {
+        "optimizer": recipe.optimizer,
+        "constants": made.constants,
+        "task": recipe.task,
+        **about,
+        "meta_steps": step,
+        "inner_steps": round(float(made.inner_steps(step))),
+        "minutes": round(rows[-1][-1] / 60, 1) if rows else 0.0,
+        "meta_loss": round(recent, 4),
+        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
+        "seed": recipe.seed,
+        "command": command_line(recipe),
+        "machine": f"{device.platform} ({device.device_kind}, {os.cpu_count()} cores)",
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "recipe": dataclasses.asdict(recipe),
+    }
+
+
+def command_line(recipe: Any) -> str:
+    """The command that repeats this recipe: every flag that its preset has otherwise."""
+    usual = type(recipe)(**recipe.presets[recipe.preset], preset=recipe.preset)
+    words = [f"python {recipe.program}"]
+    words += [f"--preset={recipe.preset}"] * (recipe.preset != "default")
+    for field in dataclasses.fields(recipe):
+        name, value = field.name, getattr(recipe, field.name)
+        recorded = name not in NOT_RECIPE or name in ("init", "fresh_meta")
+        if field.metadata and recorded and value != getattr(usual, name):
+            word = "" if value is True else f"={shlex.quote(str(value))}"
+            words.append(f"--{name.replace('_', '-')}{word}")
+    return " ".join(words)
+
+
+def write_csv(path: pathlib.Path, columns: Sequence[str], rows: list) -> None:
+    """A new file: a header, then the rows of numbers, the first of which is whole."""
+    with open(path, "w") as file:
+        file.write(",".join(columns) + "\n")
+    append_csv(path, rows)
+
+
+def append_csv(path: pathlib.Path, rows: list) -> None:
+    lines = [f"{int(r[0])}," + ",".join(f"{x:.6g}" for x in r[1:]) for r in rows]
+    with open(path, "a") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def read_csv(path: pathlib.Path, last: int) -> list:
+    """The rows of such a file up to number `last`; kill -9 may have left more."""
+    with open(path, newline="") as file:
+        rows = [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
+    return [row for row in rows if row[0] <= last]
 
 
 @contextlib.contextmanager

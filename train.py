@@ -16,21 +16,16 @@ A run is a folder: config.json, log.csv, checkpoint.npz, theta.npz with its card
 theta.json, curve.png. N pairs (particles), K truncation, T horizon, in inner steps.
 """
 
-import argparse
 import contextlib
-import csv
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +39,7 @@ import estimators
 import star
 import star_fast
 import store
-from store import UserError
+from store import UserError, load_checkpoint, make_card, save_run, unravel_of
 from tasks import TASKS, compiler_options, each, inner_problem
 
 ESTIMATORS = {
@@ -127,11 +122,6 @@ class Recipe:
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
 
 
-# What a resumed run may change; all else is its recipe.
-NOT_RECIPE = ("data_dir", "out", "init", "fresh_meta", "resume", "checkpoint_every")
-NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "process_id")
-
-
 class Parts(NamedTuple):
     """What a recipe is made into."""
 
@@ -159,7 +149,10 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
 
     def estimator(data, step, key):
         problem = inner_problem(
-            partial(build, data), optimizer, unravel_of(optimizer), recipe.truncation
+            partial(build, data),
+            optimizer,
+            unravel_of(optimizer),
+            recipe.truncation,
         )
         windows = windows_at(recipe, step)
         make = ESTIMATORS[recipe.estimator]
@@ -177,11 +170,6 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
 
     adamw = meta_optimizer(recipe)
     return Parts(optimizer, constants._asdict(), load, estimator, adamw, inner_steps)
-
-
-def unravel_of(optimizer: star.LearnedOptimizer) -> Callable:
-    """flat theta -> theta."""
-    return ravel_pytree(optimizer.init_theta(jax.random.key(0)))[1]
 
 
 def meta_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -287,316 +275,32 @@ def compile_meta_step(recipe: Recipe, made: Parts, data: Any, state: TrainState)
     return jitted.lower(data, run_keys(recipe)[2], state).compile()
 
 
-# --- the files of a run
+# --- the loop
 COLUMNS = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")  # of log.csv
 
 
-def save(folder, recipe, made, about, state, card) -> None:
-    """checkpoint.npz, then theta.npz with its card and what `--init` needs elsewhere.
-
-    UserError where theta or AdamW's means have overflowed: they are better not saved.
-    """
-    if not all(
-        np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.meta))
-    ):
-        raise UserError(
-            f"theta or its AdamW overflowed before meta-step {int(state.step)}; the "
-            "checkpoint is of earlier: begin anew with a lower --meta-lr or --clip"
-        )
-    made_with = np.array(json.dumps(dataclasses.asdict(recipe) | about))
-    whole = store.flatten(state) | {"made_with": made_with}
-    store.write_atomically(folder / "checkpoint.npz", lambda f: np.savez(f, **whole))
-    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
-    go_on = store.flatten({"step": state.step, "meta": state.meta})
-    go_on = {f"train/{name}": x for name, x in go_on.items()}
-    store.write_atomically(
-        folder / "theta.npz", lambda f: star.save_theta(f, theta, card, **go_on)
-    )
-    store.save_json(folder / "theta.json", card)
-
-
-def load_checkpoint(folder, recipe, about, template) -> tuple[Recipe, TrainState]:
-    """(recipe, state) of a run to go on with. UserError where recipe or data differ."""
-    path = folder / "checkpoint.npz"
-    arrays = store.read_npz(path)
-    if "made_with" not in arrays:
-        raise UserError(f"{path} is not a checkpoint of train.py")
-    saved = json.loads(str(arrays.pop("made_with")))
-    if saved["dataset_checksum"] != about["dataset_checksum"]:
-        raise UserError(f"{path} was made on other data than {about['dataset']}")
-    for name, value in dataclasses.asdict(recipe).items():
-        if name not in NOT_RECIPE and saved.get(name) != value:
-            was = f"--{name.replace('_', '-')} {saved.get(name)}"
-            raise UserError(f"{path} was made with {was}, not {value}")
-    origin = {name: saved[name] for name in ("init", "fresh_meta")}
-    state = store.unflatten(template, arrays, path)
-    return dataclasses.replace(recipe, **origin), state
-
-
-def start_from(recipe: Recipe, made: Parts, data: Any, state: TrainState) -> TrainState:
-    """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
-    path = recipe.init
-    state = state._replace(theta=ravel_pytree(made.load(path))[0])
-    arrays = {k.removeprefix("train/"): x for k, x in store.read_npz(path).items()}
-    if recipe.fresh_meta or "['step']" not in arrays:
-        return state
-    go_on = {"step": state.step, "meta": state.meta}
-    go_on = store.unflatten(go_on, arrays, path)
-    if int(go_on["step"]) >= recipe.steps:
-        raise UserError(
-            f"{path} has {int(go_on['step'])} meta-steps behind it and --steps is "
-            f"{recipe.steps}: give more, or --fresh-meta to start counting anew"
-        )
-    key = jax.random.fold_in(run_keys(recipe)[1], go_on["step"])
-    estimator = made.estimator(data, go_on["step"], key)
-    return state._replace(**go_on, particles=estimator.init(key, state.theta))
-
-
-def make_card(recipe, made, about: dict, step: int, rows: list) -> dict:
-    """What theta is and how it was made; all of it can be written as JSON."""
-    device = jax.devices()[0]
-    recent = [row[1] for row in rows[-100:]]
-    return {
-        "optimizer": recipe.optimizer,
-        "constants": made.constants,
-        "task": recipe.task,
-        **about,
-        "meta_steps": step,
-        "inner_steps": round(float(made.inner_steps(step))),
-        "minutes": round(rows[-1][-1] / 60, 1) if rows else 0.0,
-        "meta_loss": round(float(np.mean(recent)), 4) if rows else None,
-        "meta_loss_is": "mean over the last 100 meta-steps, at the perturbed thetas, nats",
-        "seed": recipe.seed,
-        "command": command_line(recipe),
-        "machine": f"{device.platform} ({device.device_kind}, {os.cpu_count()} cores)",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "recipe": dataclasses.asdict(recipe),
-    }
-
-
-def command_line(recipe: Recipe) -> str:
-    """The command that repeats this recipe: every flag that its preset has otherwise."""
-    words = [f"python {recipe.program}"]
-    usual = type(recipe)(**recipe.presets[recipe.preset])
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        kept = field.name in (*NOT_RECIPE, "preset") or not field.metadata
-        if (kept and field.name not in ("init", "fresh_meta")) or value == getattr(
-            usual, field.name
-        ):
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        words.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
-    return " ".join(words)
-
-
-def fresh_runs(recipe, made, build, data, theta) -> dict:
-    """Mean training loss over the horizon on three fresh seeds, for the card.
-
-    Of theta, of an untrained one, of its nominal term alone (a direction head of zeros
-    makes f_b = 0), and of Adam at the best of three rates; clipped as the meta-loss is.
-    """
-    keys = jax.random.split(jax.random.key(10_000), 3)
-    untrained = made.optimizer.init_theta(run_keys(recipe)[0])
-    thetas = {"fresh": theta, "untrained": untrained}
-    if made.constants.get("nominal", "none") != "none":
-        silent = {name: untrained[name].at[..., 0].set(0) for name in ("w2", "b2")}
-        thetas["nominal"] = untrained | silent
-    limit = build(data, keys[0]).loss_limit
-
-    def losses(optimizer, thetas):  # (thetas, seeds)
-        found = baselines.curves(build, data, optimizer, thetas, keys, recipe.horizon)
-        return np.asarray(estimators.clip_loss(found.losses, limit)).mean(2)
-
-    ours = losses(made.optimizer, list(thetas.values()))
-    card = {f"{name}_loss": x for name, x in zip(thetas, ours.mean(1), strict=True)}
-    card["fresh_loss_std"] = ours[0].std(ddof=1)
-    rates = [{"learning_rate": jnp.float32(rate)} for rate in (1e-3, 3e-3, 1e-2)]
-    adam = losses(baselines.BASELINES["adam"], rates).mean(1)
-    card["adam_loss"] = adam.min()
-    card = {name: round(float(x), 4) for name, x in card.items()}
-    return card | {"adam_learning_rate": (1e-3, 3e-3, 1e-2)[int(adam.argmin())]}
-
-
-def plot(folder, recipe: Recipe, rows: list, card: dict) -> None:
-    """curve.png: the meta-loss over meta-steps, with lines for scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps, losses = np.array(rows)[:, :2].T
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(steps, losses, "C0", alpha=0.25, lw=0.7)
-    axes.plot(steps, baselines.ema(losses, 0.95), "C0", label="meta-loss (EMA 0.95)")
-    lines = {
-        "theta on fresh seeds": card["fresh_loss"],
-        "untrained": card["untrained_loss"],
-        "nominal term alone": card.get("nominal_loss"),
-        f"Adam {card['adam_learning_rate']:g}": card["adam_loss"],
-    }
-    lines = {name: value for name, value in lines.items() if value is not None}
-    for i, (name, value) in enumerate(lines.items()):
-        axes.axhline(
-            value, color=f"C{i + 1}", ls="--", lw=1, label=f"{name} {value:.3f}"
-        )
-    axes.set(
-        xlabel="meta-steps",
-        ylabel="mean training loss of the unrolls (nats)",
-        title=f"{recipe.optimizer}, {recipe.estimator}, {recipe.task}\n{card['dataset']}",
-    )
-    low, high = np.percentile([*losses, *lines.values()], [0, 97])
-    axes.set_ylim(0.97 * low, 1.05 * high)
-    axes.legend()
-    store.save_figure(folder / "curve.png", figure)
-    plt.close(figure)
-
-
-# --- the command line
-def parse(argv=None, kind=Recipe, known=TASKS) -> Recipe:
-    """The recipe of a command line, checked; UserError for one that cannot work."""
-    parser = store.Arguments(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for field in dataclasses.fields(kind):
-        if not field.metadata:
-            continue
-        name = "--" + field.name.replace("_", "-")
-        text = f"{field.metadata['help']} (default {field.default})"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true", help=text, default=None)
-        else:
-            of, *_ = get_args(field.type) or (field.type,)
-            choices = field.metadata.get("choices")
-            parser.add_argument(name, type=of, choices=choices, help=text)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    preset = given.get("preset", "default")
-    for name, value, names in (
-        ("--preset", preset, kind.presets),
-        ("--task", given.get("task", "fmnist"), known),
-    ):
-        if value not in names:
-            raise UserError(f"{name} {value!r} is none of {', '.join(names)}")
-    recipe = kind(**kind.presets[preset] | given)
-    check(recipe)
-    return recipe
-
-
-def check(recipe: Recipe) -> None:
-    """UserError for a setting that cannot work."""
-
-    def require(holds, what):
-        if not holds:
-            raise UserError(what)
-
-    for name in ("steps", "particles", "horizon", "truncation", "checkpoint_every"):
-        fits = 1 <= getattr(recipe, name) < 2**31
-        require(fits, f"--{name.replace('_', '-')} must be in 1 .. 2^31 - 1")
-    for name in ("meta_lr", "clip", "sigma"):
-        value = getattr(recipe, name)
-        require(
-            0 < value < 1e38, f"--{name.replace('_', '-')} must be above 0, in float32"
-        )
-    require(0 <= recipe.weight_decay < 1e38, "--weight-decay must be 0 or more")
-    require(0 <= recipe.seed < 2**32, "--seed must be in 0 .. 2^32 - 1")
-    share, long = recipe.start_horizon, recipe.horizon
-    require(
-        0 < share <= 1, "--start-horizon is a share of --horizon, above 0 and up to 1"
-    )
-    divides = f"--truncation {recipe.truncation} does not divide --horizon {long}"
-    require(long % recipe.truncation == 0, divides)
-    enough = recipe.estimator != "merged" or recipe.particles >= 4
-    require(enough, "--estimator merged needs 4 --particles or more for its variances")
-    require(not (recipe.resume and recipe.init), "--init does not apply to --resume")
-    require(recipe.devices >= 1, "--devices must be at least 1")
-    peers = (recipe.coordinator, recipe.num_processes, recipe.process_id)
-    together = peers == (None,) * 3 or (recipe.distributed and None not in peers)
-    words = "--coordinator, --num-processes and --process-id"
-    require(together, f"{words} go together, and with --distributed")
-
-
-def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
-    """Exit code. recipe: its class. Scripts that train otherwise hand in their own."""
-    recipe = parse(argv, recipe, tasks)
-    if recipe.distributed:
-        devices.join(recipe.coordinator, recipe.num_processes, recipe.process_id)
-    mesh, writes = devices.mesh_of(recipe.devices), jax.process_index() == 0
-    if mesh and recipe.particles % mesh.size:
-        several = f"--particles {recipe.particles}"
-        raise UserError(f"{several} cannot be shared by {mesh.size} devices")
-    name = f"{recipe.task}-{recipe.optimizer}-seed{recipe.seed}"
-    folder = pathlib.Path(recipe.out or f"runs/{name}")
-    if not recipe.resume and (folder / "checkpoint.npz").exists():
-        raise UserError(f"{folder} holds a run: --resume it, or choose another --out")
-    spec = tasks[recipe.task]
-    made = parts(recipe, spec.build)
-    if recipe.init:
-        made.load(recipe.init)  # a bad file is refused before data is looked for
-    data, about = spec.load(recipe.data, recipe.data_dir)
-    if about["stand_in"]:
-        print("STAND-IN DATA: results say nothing about the real task", flush=True)
-    state = init_state(recipe, made, data)
-    if recipe.init:
-        state = start_from(recipe, made, data, state)
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-    with store.only_run_in(folder) if writes else contextlib.nullcontext():
-        if recipe.resume:
-            recipe, state = load_checkpoint(folder, recipe, about, state)
-        return run(recipe, made, spec.build, folder, about, data, state)
-
-
-def run(recipe, made, build, folder, about, data, state) -> int:
-    """Meta-training from this state to its end, or to Ctrl-C: the exit code."""
-    writes = jax.process_index() == 0
-    rows = log_rows(folder, int(state.step)) if recipe.resume else []
-    text = json.dumps({**dataclasses.asdict(recipe), **about}, indent=1)
-    print(text)
-    if writes:
-        store.save_json(folder / "config.json", json.loads(text))
-        write_log(folder, rows)
-    mesh = devices.mesh_of(recipe.devices)
-    begin = time.perf_counter()
-    split = devices.place(state.particles, mesh, devices.SPLIT)
-    state = devices.place(state._replace(particles=()), mesh)._replace(particles=split)
-    placed = devices.place(data, mesh)
-    step_fn = compile_meta_step(recipe, made, placed, state)
-    seconds = time.perf_counter() - begin
-    print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
-    state = loop(recipe, made, folder, about, placed, state, rows, step_fn)
-    devices.leave()
-    step = int(state.step)
-    if step < recipe.steps:
-        print(f"interrupted; go on with --resume (saved at {step})")
-        return 130
-    if writes:
-        finish(recipe, made, build, folder, about, data, state, rows)
-    return 0
-
-
 def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
-    """Meta-steps up to --steps, or to an interrupt. rows: of the log, gains one a step."""
-    key, first, pending = run_keys(recipe)[2], int(state.step), []
-    writes, spent = jax.process_index() == 0, rows[-1][-1] if rows else 0.0
-    zero = time.perf_counter() - spent
+    """Meta-steps up to --steps, or to Ctrl-C. rows: of the log; it gains one a step."""
+    key, pending, writes = run_keys(recipe)[2], [], jax.process_index() == 0
+    begun = time.perf_counter() - (rows[-1][-1] if rows else 0.0)
 
     def flush():
         new = [[float(x) for x in row] for row in pending]  # waits for the device
         pending.clear()
         if not new:
             return
-        last = rows[-1][-1] if rows else spent
-        seconds = (time.perf_counter() - zero - last) / len(new)
+        last = rows[-1][-1] if rows else 0.0
+        seconds = (time.perf_counter() - begun - last) / len(new)
         rows.extend([*row, last + (i + 1) * seconds] for i, row in enumerate(new))
         if writes:
-            write_log(folder, rows[-len(new) :], "ab")
+            store.append_csv(folder / "log.csv", rows[-len(new) :])
         step, _, grad_norm, *_ = rows[-1]
         recent = baselines.ema([row[1] for row in rows[-200:]], 0.95)[-1]
-        rate = (made.inner_steps(step) - made.inner_steps(step - 1)) / seconds
-        left = store.clock((recipe.steps - step) * seconds)
+        rate = float(made.inner_steps(step) - made.inner_steps(step - 1)) / seconds
         print(
             f"meta-step {int(step)}/{recipe.steps}  meta-loss {recent:.4f}  "
-            f"|g| {grad_norm:.3f}  {float(rate):.0f} inner steps/s  {left} left",
+            f"|g| {grad_norm:.3f}  {rate:.0f} inner steps/s  "
+            f"{store.clock((recipe.steps - step) * seconds)} left",
             flush=True,
         )
 
@@ -604,15 +308,17 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
         flush()
         whole = devices.fetch(state)
         if writes:
-            card = make_card(recipe, made, about, int(whole.step), rows)
-            save(folder, recipe, made, about, whole, card)
+            card = make_card(recipe, made, about, rows)
+            save_run(folder, recipe, made, about, whole, card)
 
+    first = int(state.step)
     if not recipe.resume:
         save_all()  # so that a run killed before its first checkpoint resumes, too
     with interrupts() as interrupted:
         for step in range(first + 1, recipe.steps + 1):
             state, metrics = step_fn(data, key, state)
-            pending.append([step, *(metrics[k] for k in ("loss", *COLUMNS[2:4]))])
+            names = ("loss", "grad_norm", "grad_noise")
+            pending.append([step, *(metrics[name] for name in names)])
             if step % 10 == 0:
                 flush()
             stop = devices.stop_after(step, bool(interrupted))
@@ -641,35 +347,41 @@ def interrupts():
         signal.signal(signal.SIGINT, before)
 
 
-def write_log(folder: pathlib.Path, rows: list, mode: str = "wb") -> None:
-    """Rows of log.csv, appended with mode "ab"; else a new file with a header."""
-    lines = [f"{int(r[0])}," + ",".join(f"{x:.6g}" for x in r[1:]) for r in rows]
-    if mode == "wb":
-        lines = [",".join(COLUMNS), *lines]
-    with open(folder / "log.csv", mode) as file:
-        file.write("".join(line + "\n" for line in lines).encode())
-
-
-def log_rows(folder: pathlib.Path, step: int) -> list:
-    """The rows of log.csv up to this meta-step; kill -9 may have left more."""
-    try:
-        with open(folder / "log.csv", newline="") as file:
-            rows = [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
-    except (OSError, ValueError):
-        return []
-    return [row for row in rows if row[0] <= step]
+def start_from(recipe: Recipe, made: Parts, data: Any, state: TrainState) -> TrainState:
+    """The state with theta and, unless --fresh-meta, the meta-optimizer of --init."""
+    path = recipe.init
+    state = state._replace(theta=ravel_pytree(made.load(path))[0])
+    arrays = {k.removeprefix("train/"): x for k, x in store.read_npz(path).items()}
+    if recipe.fresh_meta or "['step']" not in arrays:
+        return state
+    go_on = {"step": state.step, "meta": state.meta}
+    go_on = store.unflatten(go_on, arrays, path)
+    if int(go_on["step"]) >= recipe.steps:
+        raise UserError(
+            f"{path} has {int(go_on['step'])} meta-steps behind it and --steps is "
+            f"{recipe.steps}: give more, or --fresh-meta to start counting anew"
+        )
+    key = jax.random.fold_in(run_keys(recipe)[1], go_on["step"])
+    estimator = made.estimator(data, go_on["step"], key)
+    return state._replace(**go_on, particles=estimator.init(key, state.theta))
 
 
 def finish(recipe, made, build, folder, about, data, state, rows) -> None:
     """Compare on fresh seeds; the last card, the figure and the last lines."""
     theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
-    card = make_card(recipe, made, about, int(state.step), rows)
-    card |= fresh_runs(recipe, made, build, data, theta)
-    save(folder, recipe, made, about, state, card)
-    plot(folder, recipe, rows, card)
-    alone = f" (its nominal term alone {card['nominal_loss']})" * (
-        "nominal_loss" in card
+    first = made.optimizer.init_theta(run_keys(recipe)[0])
+    thetas = {"fresh": theta, "untrained": first}
+    if made.constants.get("nominal", "none") != "none":  # a direction of 0 makes f_b 0
+        silent = {name: first[name].at[..., 0].set(0) for name in ("w2", "b2")}
+        thetas["nominal"] = first | silent
+    card = make_card(recipe, made, about, rows)
+    card |= baselines.on_fresh_seeds(
+        build, data, made.optimizer, thetas, recipe.horizon
     )
+    save_run(folder, recipe, made, about, state, card)
+    figure = baselines.draw_meta_training(np.array(rows)[:, :2], card)
+    store.save_figure(folder / "curve.png", figure)
+    alone = f" (nominal term alone {card['nominal_loss']:.4f})" * ("nominal" in thetas)
     print(
         f"mean training loss over {recipe.horizon} inner steps, 3 fresh seeds: "
         f"theta {card['fresh_loss']:.4f} +- {card['fresh_loss_std']:.4f}, "
@@ -677,6 +389,105 @@ def finish(recipe, made, build, folder, about, data, state, rows) -> None:
         f"Adam {card['adam_learning_rate']:g} {card['adam_loss']:.4f}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
+
+
+# --- the command line
+def parse(argv=None, kind=Recipe, known=TASKS) -> Recipe:
+    """The recipe of a command line, checked; UserError for one that cannot work."""
+    given = store.given_flags(argv, kind, __doc__)
+    preset, task = given.get("preset", "default"), given.get("task", kind.task)
+    for name, value, names in (
+        ("preset", preset, kind.presets),
+        ("task", task, known),
+    ):
+        if value not in names:
+            raise UserError(f"--{name} {value!r} is none of {', '.join(names)}")
+    recipe = kind(**kind.presets[preset] | given)
+    check(recipe)
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """UserError for a setting that cannot work."""
+    whole = (
+        "steps",
+        "particles",
+        "horizon",
+        "truncation",
+        "checkpoint_every",
+        "devices",
+    )
+    ranges = dict.fromkeys(whole, (1, 2**31 - 1))
+    ranges |= dict.fromkeys(("meta_lr", "clip", "sigma"), (1e-38, 1e38))
+    ranges |= {"weight_decay": (0, 1e38), "seed": (0, 2**32 - 1)}
+    ranges |= {"start_horizon": (1e-6, 1)}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(recipe, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be in {low} .. {high}")
+    if recipe.horizon % recipe.truncation:
+        long = f"--horizon {recipe.horizon}"
+        raise UserError(f"--truncation {recipe.truncation} does not divide {long}")
+    if recipe.estimator == "merged" and recipe.particles < 4:
+        raise UserError("--estimator merged needs 4 --particles or more for variances")
+    if recipe.resume and recipe.init:
+        raise UserError(
+            "--resume goes on from the folder's checkpoint, not from --init"
+        )
+    peers = (recipe.coordinator, recipe.num_processes, recipe.process_id)
+    if peers != (None,) * 3 and (None in peers or not recipe.distributed):
+        names = "--coordinator, --num-processes and --process-id"
+        raise UserError(f"{names} go together, and with --distributed")
+
+
+def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
+    """Exit code. recipe: its class. Scripts that train otherwise hand in their own."""
+    recipe = parse(argv, recipe, tasks)
+    if recipe.distributed:
+        devices.join(recipe.coordinator, recipe.num_processes, recipe.process_id)
+    mesh, writes = devices.mesh_of(recipe.devices), jax.process_index() == 0
+    if mesh and recipe.particles % mesh.size:
+        several = f"--particles {recipe.particles}"
+        raise UserError(f"{several} cannot be shared by {mesh.size} devices")
+    name = f"{recipe.task}-{recipe.optimizer}-seed{recipe.seed}"
+    folder = pathlib.Path(recipe.out or f"runs/{name}")
+    if not recipe.resume and (folder / "checkpoint.npz").exists():
+        raise UserError(f"{folder} holds a run: --resume it, or choose another --out")
+    spec = tasks[recipe.task]
+    made = parts(recipe, spec.build)
+    if recipe.init:
+        made.load(recipe.init)  # a bad file is refused before data is looked for
+    data, about = spec.load(recipe.data, recipe.data_dir)
+    if about["stand_in"]:
+        print("STAND-IN DATA: results say nothing about the real task", flush=True)
+    state, rows = init_state(recipe, made, data), []
+    if recipe.init:
+        state = start_from(recipe, made, data, state)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    with store.only_run_in(folder) if writes else contextlib.nullcontext():
+        if recipe.resume:
+            recipe, state = load_checkpoint(folder, recipe, about, state)
+            rows = store.read_csv(folder / "log.csv", int(state.step))
+        settings = dataclasses.asdict(recipe) | about
+        print(json.dumps(settings, indent=1))
+        if writes:
+            store.save_json(folder / "config.json", settings)
+            store.write_csv(folder / "log.csv", COLUMNS, rows)
+        begin = time.perf_counter()
+        split = devices.place(state.particles, mesh, devices.SPLIT)
+        state = devices.place(state._replace(particles=()), mesh)
+        state, placed = state._replace(particles=split), devices.place(data, mesh)
+        step_fn = compile_meta_step(recipe, made, placed, state)
+        seconds = time.perf_counter() - begin
+        print(f"compiled in {seconds:.1f} s; writing {folder}", flush=True)
+        state = loop(recipe, made, folder, about, placed, state, rows, step_fn)
+        devices.leave()
+        if int(state.step) < recipe.steps:
+            print(f"interrupted; go on with --resume (saved at {int(state.step)})")
+            return 130
+        if writes:
+            finish(recipe, made, spec.build, folder, about, data, state, rows)
+    return 0
 
 
 if __name__ == "__main__":
