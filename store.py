@@ -255,16 +255,10 @@ def command_line(recipe: Any) -> str:
 
 
 def write_csv(path: pathlib.Path, columns: Sequence[str], rows: list) -> None:
-    """A new file: a header, then the rows of numbers, the first of which is whole."""
-    with open(path, "w") as file:
-        file.write(",".join(columns) + "\n")
-    append_csv(path, rows)
-
-
-def append_csv(path: pathlib.Path, rows: list) -> None:
+    """A header, then the rows of numbers, the first of which is a whole one."""
     lines = [f"{int(r[0])}," + ",".join(f"{x:.6g}" for x in r[1:]) for r in rows]
-    with open(path, "a") as file:
-        file.write("".join(line + "\n" for line in lines))
+    text = "".join(line + "\n" for line in [",".join(columns), *lines])
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
 def read_csv(path: pathlib.Path, last: int) -> list:

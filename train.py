@@ -292,8 +292,6 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
         last = rows[-1][-1] if rows else 0.0
         seconds = (time.perf_counter() - begun - last) / len(new)
         rows.extend([*row, last + (i + 1) * seconds] for i, row in enumerate(new))
-        if writes:
-            store.append_csv(folder / "log.csv", rows[-len(new) :])
         step, _, grad_norm, *_ = rows[-1]
         recent = baselines.ema([row[1] for row in rows[-200:]], 0.95)[-1]
         rate = float(made.inner_steps(step) - made.inner_steps(step - 1)) / seconds
@@ -308,6 +306,7 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
         flush()
         whole = devices.fetch(state)
         if writes:
+            store.write_csv(folder / "log.csv", COLUMNS, rows)
             card = make_card(recipe, made, about, rows)
             save_run(folder, recipe, made, about, whole, card)
 
@@ -420,9 +419,10 @@ def check(recipe: Recipe) -> None:
     ranges = dict.fromkeys(whole, (1, 2**31 - 1))
     ranges |= dict.fromkeys(("meta_lr", "clip", "sigma"), (1e-38, 1e38))
     ranges |= {"weight_decay": (0, 1e38), "seed": (0, 2**32 - 1)}
-    ranges |= {"start_horizon": (1e-6, 1)}
+    ranges |= {"start_horizon": (1e-6, 1), "beta3": (-1e38, 1e38)}
     for name, (low, high) in ranges.items():
-        if not low <= getattr(recipe, name) <= high:
+        value = getattr(recipe, name)
+        if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be in {low} .. {high}")
     if recipe.horizon % recipe.truncation:
         long = f"--horizon {recipe.horizon}"
@@ -472,7 +472,6 @@ def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
         print(json.dumps(settings, indent=1))
         if writes:
             store.save_json(folder / "config.json", settings)
-            store.write_csv(folder / "log.csv", COLUMNS, rows)
         begin = time.perf_counter()
         split = devices.place(state.particles, mesh, devices.SPLIT)
         state = devices.place(state._replace(particles=()), mesh)
