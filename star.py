@@ -9,7 +9,7 @@ answers three numbers: a direction d and two log magnitudes m_b and m_g. The ste
     phi' = phi - (f_b + f_g)                   equation 2
 
 phi is the parameter, v the running root mean square of its gradient, and g a hand-designed
-step, Adam and AggMo in one. In the code `g` is the gradient; NOMINAL makes that step of it.
+step, Adam and AggMo in one.
 
 The file stands alone: copy it. It needs jax and numpy, and `star` needs optax. P is the
 shape of one parameter tensor. `star_fast.py` computes the same numbers sooner.
@@ -48,14 +48,14 @@ class Constants(NamedTuple):
 
 PAPER = Constants()
 
-# From the gradient g, its three momenta m and v, each (*P). The paper says "a combined
-# AggMo and Adam" without a formula; adam_aggmo is what the authors' code computes.
+# The nominal step g from the gradient, its three momenta m and v, each (*P). The paper says
+# "a combined AggMo and Adam" without a formula. The authors' code computes adam_aggmo.
 NOMINAL: dict[str, Callable] = {
-    "sgd": lambda g, m, v: g,
-    "sgdm": lambda g, m, v: m[-1],
-    "aggmo": lambda g, m, v: sum(m) / 3,
-    "adam": lambda g, m, v: m[-1] / v,
-    "adam_aggmo": lambda g, m, v: sum(m) / 3 / v,
+    "sgd": lambda grad, m, v: grad,
+    "sgdm": lambda grad, m, v: m[-1],
+    "aggmo": lambda grad, m, v: sum(m) / 3,
+    "adam": lambda grad, m, v: m[-1] / v,
+    "adam_aggmo": lambda grad, m, v: sum(m) / 3 / v,
 }
 
 
@@ -116,7 +116,7 @@ def init_tensor(p: Any) -> TensorState:
     return TensorState(m=(zero,) * 3, v2=zero, row=(row,) * 3, col=(col,) * 3)
 
 
-def accumulate(theta: dict, s: TensorState, g: jax.Array) -> TensorState:
+def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
     """Every running mean one step on: mean <- d mean + (1 - d) new.
 
     Decays of squares are clipped to [0, 1], as in the authors' code. Those of momentum are
@@ -126,34 +126,34 @@ def accumulate(theta: dict, s: TensorState, g: jax.Array) -> TensorState:
     def ema(decays, means, new):
         return tuple(d * x + (1 - d) * new for d, x in zip(decays, means, strict=True))
 
-    g2 = g * g + 1e-30
-    row, col = rows_and_columns(g2)
+    square = grad * grad + 1e-30
+    row, col = rows_and_columns(square)
     momentum_decays = learned_decay(DECAYS, theta["momentum_decays"])
     rms_decays = jnp.clip(learned_decay(RMS_DECAY, theta["rms_decays"]), 0, 1)
     adafactor_decays = jnp.clip(learned_decay(DECAYS, theta["adafactor_decays"]), 0, 1)
     return TensorState(
-        m=ema(momentum_decays, s.m, g),
-        v2=ema(rms_decays, (s.v2,), g2)[0],
+        m=ema(momentum_decays, s.m, grad),
+        v2=ema(rms_decays, (s.v2,), square)[0],
         row=ema(adafactor_decays, s.row, row),
         col=ema(adafactor_decays, s.col, col),
     )
 
 
-def tensor_features(g: jax.Array, p: jax.Array, s: TensorState, c: Constants) -> list:
+def tensor_features(grad, p: jax.Array, s: TensorState, c: Constants) -> list:
     """28 arrays that broadcast to (*P), in the order of the rows of w0.
 
     Each feature is divided by its root mean square over the tensor (section 5.1).
     """
     inverse_v = rsqrt(s.v2 + c.rms_eps)
-    g_factors, m_factors = adafactor_factors(s)
+    grad_factors, m_factors = adafactor_factors(s)
     features = [
-        g,                                                      #  0     gradient
+        grad,                                                   #  0     gradient
         p,                                                      #  1     parameter
         *s.m,                                                   #  2- 4  momenta
         s.v2,                                                   #  5     mean square
         *(m * inverse_v for m in s.m),                          #  6- 8  Adam's step
         inverse_v,                                              #  9     1 / v
-        *(g * f for f in g_factors),                            # 10-12  adafactor's step
+        *(grad * f for f in grad_factors),                      # 10-12  adafactor's step
         *s.row,                                                 # 13-15  squares of rows
         *s.col,                                                 # 16-18  and of columns
         *(rsqrt(x + 1e-8) for x in s.row),                      # 19-21  inverse roots
@@ -197,25 +197,25 @@ def network(theta: dict, features: list) -> list:
     return dense(theta["w2"], theta["b2"], h)
 
 
-def step(c: Constants, outputs: list, g: jax.Array, s: TensorState) -> jax.Array:
+def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Array:
     """-(f_b + f_g) from the network's outputs, equations 20 to 22; (*P)."""
     d, m_b, *m_g = outputs
     v = jnp.sqrt(s.v2 + c.rms_eps)
     f_b = c.beta3 * d / (v if c.preconditioner else 1) * jnp.exp(c.beta4 * m_b)
     if c.nominal == "none":
         return -f_b
-    nominal = NOMINAL[c.nominal](g, s.m, v)
-    f_g = c.beta1 * jnp.exp(c.beta2 * m_g[0]) * nominal
+    g = NOMINAL[c.nominal](grad, s.m, v)
+    f_g = c.beta1 * jnp.exp(c.beta2 * m_g[0]) * g
     return -(f_b + f_g)
 
 
-def update_tensor(theta, c, count, g, p, s) -> tuple[jax.Array, TensorState]:
+def update_tensor(theta, c, count, grad, p, s) -> tuple[jax.Array, TensorState]:
     """One tensor: (what to add to the parameter p, in its dtype; its next state)."""
     dtype = jnp.result_type(p)
-    g, p = (jnp.asarray(x).astype(jnp.float32) for x in (g, p))
-    s = accumulate(theta, s, g)
-    features = tensor_features(g, p, s, c) + time_features(count)
-    return step(c, network(theta, features), g, s).astype(dtype), s
+    grad, p = (jnp.asarray(x).astype(jnp.float32) for x in (grad, p))
+    s = accumulate(theta, s, grad)
+    features = tensor_features(grad, p, s, c) + time_features(count)
+    return step(c, network(theta, features), grad, s).astype(dtype), s
 
 
 class State(NamedTuple):
@@ -235,8 +235,9 @@ def learned_optimizer(c: Constants = PAPER, update_tensor=update_tensor):
 
     def update(theta, grads, state, params):
         check_theta(theta, c)
-        g, tree = jax.tree.flatten(grads)
-        rows = zip(g, *map(tree.flatten_up_to, (params, state.tensors)), strict=True)
+        leaves, tree = jax.tree.flatten(grads)
+        others = map(tree.flatten_up_to, (params, state.tensors))
+        rows = zip(leaves, *others, strict=True)
         new = [update_tensor(theta, c, state.count, *row) for row in rows]
         updates, tensors = (tree.unflatten(x[i] for x in new) for i in range(2))
         return updates, State(count=state.count + 1, tensors=tensors)
@@ -304,7 +305,7 @@ def load_theta(path: Any) -> tuple[dict, Constants]:
     of STAR. Constants that the card does not name are the paper's.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             theta = {name: file[name] for name in file.files if "/" not in name}
         saved = dict(json.loads(str(theta.pop("card", "{}"))).get("constants", {}))
         if any(saved.pop(name, value) != value for name, value in FIXED.items()):
