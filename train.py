@@ -119,6 +119,7 @@ class Recipe:
     coordinator: str | None = flag(None, "HOST:PORT of process 0, if no cluster tells")
     num_processes: int | None = flag(None, "of the run, if no cluster tells")
     process_id: int | None = flag(None, "of this process; only 0 prints and writes")
+    beta2: float | None = None  # how strongly m_g scales the step, likewise
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
 
 
@@ -135,9 +136,9 @@ class Parts(NamedTuple):
 
 def parts(recipe: Recipe, build: Callable) -> Parts:
     """build: (data, key) -> Task."""
-    constants = star.CONSTANTS[recipe.optimizer]
-    if recipe.beta3 is not None:
-        constants = constants._replace(beta3=recipe.beta3)
+    betas = {name: getattr(recipe, name) for name in ("beta2", "beta3")}
+    betas = {name: beta for name, beta in betas.items() if beta is not None}
+    constants = star.CONSTANTS[recipe.optimizer]._replace(**betas)
     optimizer = star_fast.learned_optimizer(constants)
     mesh = devices.mesh_of(recipe.devices)
 
@@ -166,7 +167,8 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
         return estimators.population(pair, recipe.particles, over_devices, combine)
 
     def inner_steps(step):
-        return step * 2 * recipe.particles * recipe.truncation
+        runs = 1 if recipe.estimator == "truncated_bptt" else 2
+        return step * runs * recipe.particles * recipe.truncation
 
     adamw = meta_optimizer(recipe)
     return Parts(optimizer, constants._asdict(), load, estimator, adamw, inner_steps)
