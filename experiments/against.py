@@ -1,23 +1,18 @@
 """The same meta-training by google/learned_optimization, for `bench.py --against FOLDER`.
 
-FOLDER holds its package, release 0.0.1 of PyPI, the only one:
+    git clone https://github.com/google/learned_optimization FOLDER
+    pip install flax dm-haiku chex gin-config absl-py
 
-    pip download --no-deps learned_optimization && tar xf learned_optimization-*.tar.gz
-    pip install dm-haiku flax gin-config absl-py
-
-That release was written for the JAX of 2021. The names that JAX has dropped since are put
-back before its import, and what it imports to read data and to write summaries
-(tensorflow and others), none of which runs here, is stood in for where it is absent.
-It has the blackbox optimizer of the STAR paper, with 197 meta-parameters, but not STAR.
+The repository has the authors' STAR. The release on PyPI is older and has not. What the
+package imports to read data and to write summaries (tensorflow and others) never runs
+here. Where it is absent, an empty stand-in takes its place.
 """
 
-import functools
 import importlib
 import importlib.machinery
 import itertools
 import pathlib
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -27,45 +22,20 @@ import numpy as np
 
 from store import UserError
 
-BATCHES = 64  # drawn beforehand and gone round: its input costs nothing
-# Imported where they are there, else stood in for; flax, which looks for tensorflow, first.
-OPTIONAL = (
-    "flax.training.checkpoints",
-    "tensorflow",
-    "tensorflow.compat",
-    "tensorflow.compat.v2",
-    "tensorflow_datasets",
-    "flax.metrics.tensorboard",
-    "flax.training.prefetch_iterator",
-    "seqio",
+BATCHES = (
+    64  # drawn beforehand and gone round, so that the library's input costs nothing
 )
-# How its network is written: as products of stacked features, its default, or number by
-# number, which its comments call faster. How many steps it puts into one program.
+# Imported where present, else stood in for. flax, which looks for tensorflow, comes first.
+OPTIONAL = (
+    "flax.training.checkpoints flax.metrics.tensorboard flax.training.prefetch_iterator "
+    "tensorflow tensorflow.compat tensorflow.compat.v2 tensorflow_datasets seqio"
+).split()
+# The network as products of stacked features (the library's default), or number by number,
+# which its comments call faster.
 VARIANTS = {
-    "default": dict(optimizer={}, program=10),
-    "one program": dict(optimizer={}, program=None),
-    "one program, number by number": dict(
-        optimizer=dict(concat_weights=False, split_weights=True), program=None
-    ),
+    "default": dict(concat_weights=True, split_weights=False),
+    "number by number": dict(concat_weights=False, split_weights=True),
 }
-
-
-def restore_names(module: Any = jax) -> None:
-    """The names in `jax` that the release uses and that are gone, put back."""
-    for path, value in {
-        "tree_map": jax.tree.map,
-        "tree_multimap": jax.tree.map,
-        "tree_leaves": jax.tree.leaves,
-        "tree_flatten": jax.tree.flatten,
-        "tree_unflatten": jax.tree.unflatten,
-        "tree_structure": jax.tree.structure,
-        "ShapedArray": jax.core.ShapedArray,
-        "lib.xla_client": types.SimpleNamespace(Device=object),  # in an annotation
-    }.items():
-        *owners, name = path.split(".")
-        owner = functools.reduce(getattr, owners, module)
-        if not hasattr(owner, name):
-            setattr(owner, name, value)
 
 
 def check(folder: str | pathlib.Path) -> None:
@@ -74,49 +44,33 @@ def check(folder: str | pathlib.Path) -> None:
         raise UserError(f"{folder} does not hold the package learned_optimization")
 
 
-def import_release(folder: str | pathlib.Path) -> dict:
-    """{short name: module} of the release in `folder`; UserError where it won't import."""
+def import_library(folder: str | pathlib.Path, *names: str) -> list[Any]:
+    """Modules of the package in `folder`; UserError, in a line, where one won't import."""
+    check(folder)
     sys.path.insert(0, str(folder))
-    restore_names()
     for name in OPTIONAL:
         try:
             importlib.import_module(name)
         except ImportError:
             spec = importlib.machinery.ModuleSpec(name, None)
             sys.modules[name] = mock.MagicMock(__spec__=spec)
-    names = {
-        "tasks": "tasks.base",
-        "lopt": "learned_optimizers.adafac_mlp_lopt",
-        "pes": "outer_trainers.truncated_pes",
-        "learner": "outer_trainers.gradient_learner",
-        "schedule": "outer_trainers.truncation_schedule",
-    }
     try:
-        return {
-            short: importlib.import_module(f"learned_optimization.{name}")
-            for short, name in names.items()
-        }
+        return [importlib.import_module(f"learned_optimization.{n}") for n in names]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"learned_optimization does not import: {reason}") from error
 
 
-def as_its_task(modules: dict, task: Any, key: jax.Array) -> Any:
-    """Our Task as one of its own, on the same network, loss and batches."""
+def as_its_task(base: Any, task: Any, key: jax.Array) -> Any:
+    """Our Task as a family of the library's (its module tasks.base), on the same network,
+    loss and batches."""
     keys = jax.random.split(key, BATCHES)
     batches = [jax.device_get(task.batch(k, "train")) for k in keys]
-
-    class Datasets:
-        def __init__(self):
-            self.train = itertools.cycle(batches)
-
-        def split(self, name):
-            return self.train
-
     structure = jax.tree.structure(jax.eval_shape(task.init, key))
+    train = itertools.cycle(batches)
 
-    class Task(modules["tasks"].Task):
-        datasets = Datasets()
+    class Task(base.Task):
+        datasets = mock.Mock(split=lambda name: train)
 
         def init(self, key):  # a dict of arrays, as its summaries ask for
             return {str(i): x for i, x in enumerate(jax.tree.leaves(task.init(key)))}
@@ -125,40 +79,48 @@ def as_its_task(modules: dict, task: Any, key: jax.Array) -> Any:
             leaves = [params[str(i)] for i in range(len(params))]
             return task.loss(structure.unflatten(leaves), key, data)
 
-    return modules["tasks"].single_task_to_family(Task())
+    return base.single_task_to_family(Task())
 
 
 def estimates(
     folder: str | pathlib.Path, task: Any, pairs: int, length: int, horizon: int
-) -> dict:
-    """{variant: () -> mean loss, one PES estimate of `pairs` by its TruncatedPES}.
-
-    Raises UserError where `folder` does not hold the release.
-    """
-    modules = import_release(folder)
-    family = as_its_task(modules, task, jax.random.key(0))
+) -> dict[str, Callable]:
+    """{variant: () -> mean loss of the library's next PES estimate, `pairs` windows of
+    `length` steps with its STAR}."""
+    base, star, steps, pes, learner, schedule = import_library(
+        folder,
+        "tasks.base",
+        "learned_optimizers.adafac_nominal",
+        "outer_trainers.lopt_truncated_step",
+        "outer_trainers.truncated_pes",
+        "outer_trainers.gradient_learner",
+        "outer_trainers.truncation_schedule",
+    )
+    family = as_its_task(base, task, jax.random.key(0))
     made = {}
     for name, variant in VARIANTS.items():
-        optimizer = modules["lopt"].AdafacMLPLOpt(**variant["optimizer"])
-        estimator = modules["pes"].TruncatedPES(
-            family,
-            optimizer,
-            modules["schedule"].ConstantTruncationSchedule(horizon),
-            num_tasks=pairs,
-            trunc_length=length,
-            std=1e-4,
-            steps_per_jit=variant["program"] or length,
+        optimizer = star.MLPNomLOpt(
+            step_mult=1e-6,  # beta3, with which an untrained network does not diverge
+            nominal_stepsize=1e-3,
+            nominal_controller=True,
+            normalize_blackbox=True,
+            **variant,
         )
-        weights = modules["learner"].WorkerWeights(
+        step = steps.VectorizedLOptTruncatedStep(
+            family, optimizer, schedule.ConstantTruncationSchedule(horizon), pairs
+        )
+        estimator = pes.TruncatedPES(step, length, std=1e-4, steps_per_jit=length)
+        weights = learner.WorkerWeights(
             theta=optimizer.init(jax.random.PRNGKey(0)),
             theta_model_state=None,
-            outer_state=modules["learner"].OuterState(outer_iteration=np.int32(0)),
+            outer_state=learner.OuterState(outer_iteration=np.int32(0)),
         )
-        made[name] = _one_after_the_other(estimator, weights)
+        made[name] = one_after_the_other(estimator, weights)
     return made
 
 
-def _one_after_the_other(estimator: Any, weights: Any) -> Callable:
+def one_after_the_other(estimator: Any, weights: Any) -> Callable:
+    """() -> mean loss of the estimator's next estimate."""
     keys = (jax.random.PRNGKey(i) for i in itertools.count())
     state = estimator.init_worker_state(weights, next(keys))
 
