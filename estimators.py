@@ -1,9 +1,9 @@
 """Meta-gradients of unrolled computations: ES, PES, noise reuse, BPTT, and their merge.
 
-An estimator sees a problem: how a trajectory starts, and how its next window of K steps
-runs under theta. It estimates the gradient of the mean loss over a trajectory of T steps,
-smoothed over theta by a Gaussian of standard deviation sigma. What is unrolled it never
-asks. theta is one array; `jax.flatten_util.ravel_pytree` makes one of a tree.
+An estimator sees how a trajectory starts and how its next window of K steps runs under
+theta. It estimates the gradient of the mean loss over a trajectory of T steps, smoothed
+over theta by a Gaussian of standard deviation sigma. What is unrolled it never asks. theta
+is one array; `jax.flatten_util.ravel_pytree` makes one of a tree.
 
     problem = unroll(fresh, step, length=50, loss_limit=3.45)
     estimator = population(pes(problem, windows=40, sigma=0.01), particles=4)
@@ -69,18 +69,14 @@ def unroll(fresh, step, length: int, loss_limit: float | None = None) -> Problem
 
 
 def clip_loss(loss: jax.Array, limit: jax.Array | float) -> jax.Array:
-    """min(loss, limit), and limit for nan and -inf: a diverged run costs the limit.
-
-    A pair of which both runs have diverged has equal losses and adds no gradient.
-    """
+    """min(loss, limit), and limit for nan and -inf: a diverged run costs the limit."""
     return jnp.where(loss > -jnp.inf, jnp.minimum(loss, limit), limit)
 
 
 def whole(problem: Problem, windows: int) -> Problem:
     """The problem whose one window is a whole trajectory of `windows` windows.
 
-    On the way back `jax.checkpoint` computes each window again. So the tape holds one
-    window and the carries between windows, not all T steps.
+    `jax.checkpoint`: the tape holds one window and the carries between, not all T steps.
     """
 
     def run(theta, carry, key):
@@ -174,7 +170,7 @@ def start(problem, windows, sigma, key, theta, phase=0.0) -> Pair:
     return Pair(
         carry=jax.tree.map(lambda x: jnp.stack([x, x]), problem.fresh(carry_key)),
         xi=sigma * jax.random.normal(xi_key, theta.shape),
-        xi_sum=jnp.zeros_like(theta),
+        xi_sum=jnp.zeros(theta.shape, theta.dtype),
         window=jnp.floor(phase * windows + 1e-3).astype(jnp.int32),  # 1e-3: of rounding
     )
 
@@ -289,10 +285,8 @@ def population(
     """
 
     def init(key, theta):
-        keys, phases = (
-            jax.random.split(key, particles),
-            jnp.arange(particles) / particles,
-        )
+        keys = jax.random.split(key, particles)
+        phases = jnp.arange(particles) / particles
         return jax.vmap(estimator.init, in_axes=(0, None, 0))(keys, theta, phases)
 
     def estimate(key, theta, state):
@@ -317,10 +311,9 @@ def inverse_variance_mean(grads: dict[str, jax.Array]) -> tuple[jax.Array, dict]
     grads: {"bptt": (N, ...), "es": (N, ...)}, N >= 2. Metrics: `grad_noise`, the standard
     error of g, and for each of the two its `noise` and its mean `weight`.
 
-    Mean and variance come from the same few samples, as in the paper. So by chance the
-    worse estimator may show the smaller spread. For Gaussian samples the variance of g is
-    that of the better one times up to 1.3 at N = 4 and 1.05 from N = 8. ES gradients have
-    heavy tails and need N = 32 to 128 for 1.1 (figure metz4). `grad_noise` is biased low.
+    Mean and variance come from the same few samples, as in the paper. So the variance of g
+    is that of the better one times up to 1.3 at N = 4 and 1.05 from N = 8 for Gaussian
+    samples. ES gradients have heavy tails and need N = 32 to 128 for 1.1 (figure metz4).
     """
     n = len(grads["es"])
     g_rp, s2_rp = usable_mean_and_variance(grads["bptt"])

@@ -149,12 +149,8 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
         return theta
 
     def estimator(data, step, key):
-        problem = inner_problem(
-            partial(build, data),
-            optimizer,
-            unravel_of(optimizer),
-            recipe.truncation,
-        )
+        one, unravel = partial(build, data), unravel_of(optimizer)
+        problem = inner_problem(one, optimizer, unravel, recipe.truncation)
         windows = windows_at(recipe, step)
         make = ESTIMATORS[recipe.estimator]
         pair = make(problem, windows, recipe.sigma, each())
