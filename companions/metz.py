@@ -1,0 +1,214 @@
+"""Metz et al. 2019, Algorithm 1: python -m companions.metz --task fmnist_small
+
+"Understanding and correcting pathologies in the training of learned optimizers". The
+meta-step and the files of a run are those of train.py. In `parts` a meta-gradient sees an
+unroll that grows over meta-training and varies by a jitter, its two estimates are merged
+by equation 1, and Adam follows it. TASKS are families of tasks, as in D.2.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import data as datasets
+import devices
+import estimators
+import store
+import tasks
+import train
+from companions import lopts
+from train import flag
+
+
+def several(problem: estimators.Problem, windows: Any, most: int) -> estimators.Problem:
+    """The problem whose one window is `windows` of its windows, at most `most`; traced.
+
+    So one program serves every length. Losses are (most * K,): those beyond the length are
+    0, the others scaled so that the mean is theirs. On the way back each window is computed
+    again: the tape holds one window and `most` carries.
+    """
+
+    def run(theta, carry, key):
+        # in a scan nothing can be merged with the first pass: prevent_cse only costs
+        @partial(jax.checkpoint, prevent_cse=False)
+        def one(carry, i):
+            def go():
+                return problem.run(theta, carry, jax.random.fold_in(key, i))
+
+            nothing = jnp.zeros_like(jax.eval_shape(go)[1])
+            return jax.lax.cond(i < windows, go, lambda: (carry, nothing))
+
+        carry, losses = jax.lax.scan(one, carry, jnp.arange(most))
+        return carry, losses.reshape(-1) * (most / windows)
+
+    return estimators.Problem(problem.fresh, run)
+
+
+def loss_after_update(split: str, build, optimizer, theta, carry, key) -> tuple:
+    """As `tasks.inner_step`, but the loss after the update, on a batch of its own.
+
+    split: "train" is STAR's equation 3 to the letter, "valid" the L_valid of Metz et al.
+    """
+    key, batch_key, loss_key = jax.random.split(key, 3)
+    carry, _ = tasks.inner_step(build, optimizer, theta, carry, key)
+    task = build(jax.random.wrap_key_data(carry.member))
+    return carry, task.loss(carry.params, loss_key, task.batch(batch_key, split))
+
+
+# --- families of tasks
+def class_family(hidden: tuple, images: dict, key: jax.Array) -> tasks.Task:
+    """A member of a family, drawn by the key: five classes of ten, in any order.
+
+    In place of Metz et al. 2019, D.2 (ten-way subsets of 700 classes of ImageNet): no
+    network can know beforehand what an output means. images: (10, n, h, w, C) a split.
+    """
+    # apart from the children that init draws
+    chosen = jax.random.permutation(jax.random.fold_in(key, 1000), 10)[:5]
+
+    def draw(key, split):
+        bits = jax.random.bits(key, (2, 128))
+        labels = (bits[0] % 5).astype(jnp.int32)
+        rows = (bits[1] % images[split].shape[1]).astype(jnp.int32)
+        return tasks.to_batch(tasks.Split(images[split][chosen[labels], rows], labels))
+
+    pictures = images["test"][chosen]  # (5, n, h, w, C)
+    labels = jnp.repeat(jnp.arange(5), pictures.shape[1])
+    test = tasks.Split(pictures.reshape(-1, *pictures.shape[2:]), labels)
+    return tasks.classifier(draw, test, tasks.mlp(pictures.shape[2:], 5, hidden), 5)
+
+
+def by_class(split: tasks.Split) -> jax.Array:
+    """Images (10, n, h, w, C) uint8, n that of the rarest class."""
+    rows = [np.flatnonzero(np.asarray(split.labels) == c) for c in range(10)]
+    return split.images[
+        np.stack([of_class[: min(map(len, rows))] for of_class in rows])
+    ]
+
+
+def family(hidden: tuple, transform: Callable = lambda x: x) -> tasks.TaskSpec:
+    def load(source="auto", data_dir=None):
+        images = datasets.fashion_mnist(source, data_dir)
+        splits = tasks.split_images(images, transform).items()
+        return {k: by_class(split) for k, split in splits}, datasets.about(images)
+
+    return tasks.TaskSpec(load, partial(class_family, hidden))
+
+
+TASKS = {
+    "fmnist_classes": family((128, 128)),
+    "fmnist_classes_small": family((32,), tasks.pool_to_8x8),
+}
+OBJECTIVES = {
+    "train": tasks.inner_step,
+    "fresh": partial(loss_after_update, "train"),
+    "valid": partial(loss_after_update, "valid"),
+}
+MERGES = {  # what becomes of {"bptt": (N, size), "es": (N, size)}
+    "merged": estimators.inverse_variance_mean,
+    "gradients": lambda grads: estimators.mean_of_particles(grads["bptt"]),
+    "es": lambda grads: estimators.mean_of_particles(grads["es"]),
+}
+GROWTHS = {  # (windows at the end, share of the meta-steps done) -> windows, from 1
+    "linear": lambda most, share: 1 + (most - 1) * share,
+    "log": lambda most, share: most**share,
+    "constant": lambda most, share: most + 0 * share,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(train.Recipe):
+    """D.3. Deviations: unrolls up to 1,000 of T = 2,000 inner steps, not of 10,000; 2,000
+    meta-steps, not 5,000; 8 pairs, not 128; clipping. For --objective valid the paper has
+    --meta-lr 0.0003."""
+
+    program: ClassVar[str] = "-m companions.metz"
+    presets: ClassVar[dict] = {"default": {}}
+    optimizer: str = flag("mlp", "what is meta-trained", choices=tuple(lopts.LEARNED))
+    estimator: str = flag("merged", "both gradients or one", choices=tuple(MERGES))
+    objective: str = flag("train", "which inner loss", choices=tuple(OBJECTIVES))
+    particles: int = flag(8, "N, antithetic pairs")
+    unroll: int = flag(1000, "inner steps of the last meta-gradients")
+    growth: str = flag("linear", "of the unroll, from K on", choices=tuple(GROWTHS))
+    jitter: float = flag(0.2, "share by which the unroll varies")
+    # what is no flag here
+    start_horizon: float = 1.0
+    weight_decay: float = 0.0
+    clip_by: str = "value"
+    horizons: str = "doubling"
+    schedule: str = "constant"
+    beta3: None = None
+
+
+def with_jitter(windows: Any, jitter: float, key: jax.Array) -> jax.Array:
+    """windows times 1 +- jitter, drawn evenly, as a whole number above 0: () int32."""
+    drawn = windows * (1 + jitter * jax.random.uniform(key, (), minval=-1.0))
+    return jnp.maximum(jnp.round(drawn), 1).astype(jnp.int32)
+
+
+def parts(recipe: Recipe, build: Callable) -> train.Parts:
+    """As `train.parts`, of this recipe."""
+    longest, length, horizon = recipe.unroll, recipe.truncation, recipe.horizon
+    if (
+        longest % length
+        or not length <= longest <= horizon
+        or not 0 <= recipe.jitter < 1
+    ):
+        raise store.UserError(
+            "--unroll must be whole windows, up to --horizon, and --jitter in 0 .. 1"
+        )
+    optimizer, mesh = lopts.LEARNED[recipe.optimizer], devices.mesh_of(recipe.devices)
+    _, unravel = ravel_pytree(optimizer.init_theta(jax.random.key(0)))
+
+    def windows_at(step):
+        return GROWTHS[recipe.growth](longest / length, step / recipe.steps)
+
+    def load(path):
+        theta, theirs = store.read_theta(path, lopts.load_theta)
+        if theirs is not optimizer:
+            raise store.UserError(f"{path} is not for {recipe.optimizer}")
+        return theta
+
+    def estimator(data, step, key):
+        member, one = partial(build, data), OBJECTIVES[recipe.objective]
+        start, limit = partial(tasks.fresh, member, optimizer), member(key).loss_limit
+
+        def inner_step(theta, carry, key):
+            return one(member, optimizer, unravel(theta), carry, key)
+
+        windows = with_jitter(windows_at(step), recipe.jitter, key)
+        most = math.ceil(longest / length * (1 + recipe.jitter))
+        problem = estimators.unroll(start, inner_step, length, limit)
+        problem = several(problem, windows, most)
+        pair = estimators.merged(problem, horizon // length, recipe.sigma, tasks.each())
+
+        def estimate(key, theta, state):  # of so many windows, not of one
+            grads, state, metrics = pair.estimate(key, theta, state)
+            return grads, state._replace(window=state.window + windows - 1), metrics
+
+        counting = estimators.Estimator(pair.init, estimate)
+        each, merge = devices.split(tasks.each(), mesh), MERGES[recipe.estimator]
+        return estimators.population(counting, recipe.particles, each, merge)
+
+    def inner_steps(meta_steps):
+        runs = 2 * recipe.particles
+        return runs * length * windows_at(np.arange(meta_steps)).sum()
+
+    adam = optax.chain(optax.clip(recipe.clip), optax.adam(recipe.meta_lr, b1=0.5))
+    return train.Parts(optimizer, {}, load, estimator, adam, inner_steps)
+
+
+def main(argv=None) -> int:
+    return train.main(argv, Recipe, tasks.TASKS | TASKS, parts)
+
+
+if __name__ == "__main__":
+    sys.exit(store.run_command("companions.metz", main))
