@@ -1,9 +1,6 @@
-"""Figures 4 and 8 of Metz et al. 2019: the two gradients, their merge, and what it buys.
+"""Figures 4 and 8 of Metz et al. 2019: metz4, the two gradients and their merge; metz8,
+what it buys."""
 
-`python -m figures metz4`, `metz8` (figures.py keeps the list).
-"""
-
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,71 +9,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import estimators
-import settings
 import train
-from companions import lopts
-from inner import batching, compiler_options, ema, inner_unroll
-from tasks import TASKS
+from baselines import ema, on_fresh_seeds
+from companions import lopts, metz
+from tasks import TASKS, compiler_options, each, inner_problem
 
 RATES = (0.03, 1.0)  # of momentum 0.9 on fmnist_small: smooth, and past the stable edge
 # Inner steps, from 3: momentum first shows in the third loss, the rate in the second.
 LENGTHS = (3, 5, 10, 20, 50, 100, 200)
-SIZES = (8, 32, 128)  # pairs in a merge
+SIGMA = 0.01  # of theta
 
 
 def compute_variances(
-    build: Callable,
-    data: Any,
-    lengths: tuple[int, ...],
-    pairs: int,
-    sizes: tuple[int, ...],
-    sigma: float = 0.01,
+    build: Callable, data: Any, lengths: tuple, pairs: int, sizes: tuple
 ) -> dict:
     """Variance of the gradient of one pair by unroll length: BPTT, ES and their merge.
 
-    theta: log learning rate and logit of momentum of SGD, held at RATES and 0.9; each of
-    the `pairs` unrolls starts from a fresh network. Returns learning_rates (R,), lengths
-    (L,), pairs_merged (S,) = sizes; variance_bptt, variance_es (R, L): over the pairs,
-    summed over theta, inf where a gradient is; variance_merged (S, R, L): N times that of
-    the merged gradient of N pairs, to stand beside them; and their ratios.
+    theta: log learning rate and logit of momentum of SGD, held at RATES and 0.9. Each of
+    the `pairs` unrolls starts from a fresh network. Returns, at rates R, lengths L and for
+    merges of S pairs (`sizes`): variance_bptt, variance_es (R, L), summed over theta, inf
+    where a gradient is; variance_merged (S, R, L), times the pairs in a merge, to stand
+    beside them; and their ratios.
     """
     optimizer = lopts.LEARNED["momentum"]
+    _, unravel = ravel_pytree(optimizer.init_theta(jax.random.key(0)))
 
     def gradients(data, theta, key, length):  # {name: (pairs, size of theta)}
-        step = inner_unroll(partial(build, data), optimizer, 1)
-        problem = estimators.several(step, length, max(lengths))
-        pair = estimators.merged(problem, length, sigma, batching())
+        step = inner_problem(partial(build, data), optimizer, unravel, 1)
+        problem = metz.several(step, length, max(lengths))
+        pair = estimators.merged(problem, 1, SIGMA, each())
 
         def one(key):
             init_key, key = jax.random.split(key)
-            grad, _, _ = pair.estimate(key, theta, pair.init(init_key, theta))
-            return {k: jnp.stack(jax.tree.leaves(v)) for k, v in grad.items()}
+            return pair.estimate(key, theta, pair.init(init_key, theta))[0]
 
-        return batching()(one)(jax.random.split(key, pairs))
+        return each()(one)(jax.random.split(key, pairs))
 
     run = jax.jit(gradients, compiler_options=compiler_options())
-    shape = len(RATES), len(lengths)
-    single = {name: np.empty(shape) for name in ("bptt", "es")}
-    merged = np.empty((len(sizes), *shape))
-    for i, rate in enumerate(RATES):
-        theta = lopts.encode({"learning_rate": rate, "momentum": 0.9})
-        for j, length in enumerate(lengths):
-            grads = run(data, theta, jax.random.key(j), jnp.int32(length))
-            for name, of_name in single.items():
-                of_name[i, j] = total_variance(grads[name])
-            for k, size in enumerate(sizes):
-                merged[k, i, j] = size * merged_variance(grads, size)
+    bptt, es = np.empty((2, len(RATES), len(lengths)))
+    merged = np.empty((len(sizes), *bptt.shape))
+    for at in np.ndindex(bptt.shape):
+        theta = lopts.encode({"learning_rate": RATES[at[0]], "momentum": 0.9})
+        theta, length = jnp.array(jax.tree.leaves(theta)), jnp.int32(lengths[at[1]])
+        grads = run(data, theta, jax.random.key(at[1]), length)
+        bptt[at], es[at] = total_variance(grads["bptt"]), total_variance(grads["es"])
+        merged[:, *at] = [size * merged_variance(grads, size) for size in sizes]
     return {
         "learning_rates": RATES,
         "lengths": lengths,
         "pairs": pairs,
         "pairs_merged": sizes,
-        **{f"variance_{name}": v for name, v in single.items()},
+        "variance_bptt": bptt,
+        "variance_es": es,
         "variance_merged": merged,
-        "merged_over_better": merged / np.minimum(*single.values()),
-        "bptt_over_es": single["bptt"] / single["es"],
+        "merged_over_better": merged / np.minimum(bptt, es),
+        "bptt_over_es": bptt / es,
     }
 
 
@@ -90,168 +80,115 @@ def total_variance(grads: jax.Array) -> float:
 def merged_variance(grads: dict, size: int, resamples: int = 4000) -> float:
     """Variance of the merge of `size` pairs, drawn `resamples` times, with replacement,
     from the pairs at hand: {name: (pairs, size of theta)}."""
-    pairs = len(grads["bptt"])
 
     def merge(key):
-        drawn = jax.random.randint(key, (size,), 0, pairs)
+        drawn = jax.random.randint(key, (size,), 0, len(grads["bptt"]))
         chosen = jax.tree.map(lambda g: g[drawn], grads)
         return estimators.inverse_variance_mean(chosen)[0]
 
-    return total_variance(
-        jax.jit(jax.vmap(merge))(jax.random.split(jax.random.key(0), resamples))
-    )
+    keys = jax.random.split(jax.random.key(0), resamples)
+    return total_variance(jax.jit(jax.vmap(merge))(keys))
 
 
-def meta_train(
-    config: settings.Config, data: Any
-) -> tuple[train.TrainState, dict, float]:
-    """(state, metrics: dict of (meta-steps,), seconds): a run of train.py's meta-step."""
-    state = train.init_state(config, data)
-    step_fn = train.compile_meta_step(config, data, state)
-    key, rows = train.run_keys(config)[2], []
-    begin = time.perf_counter()
-    for _ in range(config.steps):
-        state, metrics = step_fn(data, key, state)
-        rows.append(metrics)
-    rows = [{k: float(v) for k, v in row.items()} for row in rows]
-    metrics = {k: np.array([row[k] for row in rows]) for k in rows[0]}
-    return state, metrics, time.perf_counter() - begin
-
-
-def base_config(quick: bool, **changes: Any) -> settings.Config:
+def recipe_of(quick: bool, **changes: Any) -> metz.Recipe:
     """Metz's recipe (D.3) at a scale of minutes: fmnist_small, the unroll from 10 to 200
     inner steps of T = 500, jitter 20 %, 4 pairs. quick: a twin that takes seconds, with
     two meta-parameters, which shows that it runs and nothing else."""
-    small = (
-        dict(optimizer="momentum", steps=20, horizon=100, unroll=40) if quick else {}
-    )
-    scale = dict(
-        task="fmnist_small",
-        truncation=10,
-        horizon=500,
-        unroll=200,
-        steps=200,
-        particles=4,
-    )
-    recipe = settings.PRESETS["metz"] | scale | changes | small
-    return dataclasses.replace(settings.Config(), **recipe)
+    scale = dict(truncation=10, horizon=500, unroll=200, steps=200, particles=4)
+    small = dict(optimizer="momentum", steps=20, horizon=100, unroll=40)
+    settings = scale | changes | (small if quick else {})
+    return metz.Recipe(task="fmnist_small", **settings)
+
+
+def meta_train(recipe: metz.Recipe, data: Any) -> tuple[dict, dict]:
+    """({"fresh_loss", "adam_loss", ...} of `on_fresh_seeds`, metrics (meta-steps,))."""
+    build = TASKS[recipe.task].build
+    made = metz.parts(recipe, build)
+    state = train.init_state(recipe, made, data)
+    first, unravel = ravel_pytree(made.optimizer.init_theta(train.run_keys(recipe)[0]))
+    step_fn = train.compile_meta_step(recipe, made, data, state)
+    key, rows, begin = train.run_keys(recipe)[2], [], time.perf_counter()
+    for _ in range(recipe.steps):
+        state, metrics = step_fn(data, key, state)
+        rows.append({name: float(x) for name, x in metrics.items()})
+    minutes = (time.perf_counter() - begin) / 60
+    thetas = {"fresh": unravel(state.theta), "untrained": unravel(first)}
+    found = on_fresh_seeds(build, data, made.optimizer, thetas, recipe.horizon)
+    found |= {"minutes": minutes, "inner_steps": made.inner_steps(recipe.steps)}
+    return found, {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def compute_4(data: Any, quick: bool) -> dict:
     """Figure 4: variances by unroll length, and while the MLP optimizer is trained."""
-    build = TASKS["fmnist_small"].build
+    lengths, pairs, sizes = LENGTHS, 1600, (8, 32, 128)
     if quick:
-        result = compute_variances(build, data, (3, 5, 20), pairs=24, sizes=(4,))
-    else:
-        result = compute_variances(build, data, LENGTHS, pairs=1600, sizes=SIZES)
-    _, metrics, _ = meta_train(base_config(quick), data)
-    names = {"bptt": "bptt_noise", "es": "es_noise"}  # the merge's own would be biased
-    training = {name: metrics[key] ** 2 for name, key in names.items()}
-    return result | {
-        "training_variance_first_and_last_tenth": {
-            name: [
-                float(np.median(part))
-                for part in (v[: len(v) // 10], v[-len(v) // 10 :])
-            ]
-            for name, v in training.items()
-        },
-        "curves": training,
-    }
+        lengths, pairs, sizes = (3, 5, 20), 24, (4,)
+    build = TASKS["fmnist_small"].build
+    result = compute_variances(build, data, lengths, pairs, sizes)
+    _, metrics = meta_train(recipe_of(quick), data)
+    # the merge's own would be biased
+    training = {name: metrics[f"{name}_noise"] ** 2 for name in ("bptt", "es")}
+    return result | {"curves": training}
 
 
 def plot_4(result: dict, plt: Any) -> Any:
     """Left and middle: by unroll length, at two rates. Right: over meta-training."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    names = {"bptt": "backpropagation", "es": "evolution strategies"}
-    styles = {
-        "bptt": dict(color="C3", marker="o"),
-        "es": dict(color="C0", marker="s"),
-    }
-    sizes, merged = result["pairs_merged"], result["variance_merged"]
+    lengths = result["lengths"]
     for i, rate in enumerate(result["learning_rates"]):
-        for name, label in names.items():
-            variance = result[f"variance_{name}"][i]
-            axes[i].plot(result["lengths"], variance, **styles[name], label=label)
-        lines = zip(sizes, merged, (":", "-.", "--"), strict=False)
-        for size, variance, style in lines:
+        bptt, es = result["variance_bptt"][i], result["variance_es"][i]
+        axes[i].plot(lengths, bptt, "C3o-", label="backpropagation")
+        axes[i].plot(lengths, es, "C0s-", label="evolution strategies")
+        merges = zip(result["pairs_merged"], result["variance_merged"], strict=True)
+        for (size, variance), style in zip(merges, (":", "-.", "--"), strict=False):
             label = f"merge of {size} pairs"
-            axes[i].plot(result["lengths"], variance[i], "k", ls=style, label=label)
-        axes[i].set(
-            title=f"SGD with momentum 0.9, rate {rate:g}",
-            xlabel="unroll (inner steps)",
-            xscale="log",
-            yscale="log",
-        )
+            axes[i].plot(lengths, variance[i], f"k{style}", label=label)
+        axes[i].set(xlabel="unroll (inner steps)", xscale="log", yscale="log")
+        axes[i].set_title(f"SGD with momentum 0.9, rate {rate:g}")
     axes[0].set_ylabel("variance of a pair's meta-gradient")
-    for name in ("bptt", "es"):
-        label, values = names[name], result["curves"][name]
-        axes[2].plot(values, color=styles[name]["color"], lw=0.8, label=label)
-    axes[2].set(
-        title="while the MLP optimizer is trained\n(the unroll grows)",
-        xlabel="meta-steps",
-        yscale="log",
-    )
     axes[0].legend(fontsize=8)
+    axes[2].plot(result["curves"]["bptt"], "C3", lw=0.8)
+    axes[2].plot(result["curves"]["es"], "C0", lw=0.8)
+    axes[2].set_title("while the MLP optimizer is trained\n(the unroll grows)")
+    axes[2].set(xlabel="meta-steps", yscale="log")
     return figure
 
 
 ABLATIONS = {
     "merged": {},
-    "gradients only": dict(estimator="truncated_bptt"),
-    "ES only": dict(estimator="truncated_es"),
+    "gradients only": dict(estimator="gradients"),
+    "ES only": dict(estimator="es"),
     "unroll 10": dict(unroll=10, jitter=0.0),
-    "unroll 50": dict(unroll=50, unroll_growth="constant"),
-    "unroll 200": dict(unroll_growth="constant"),
+    "unroll 50": dict(unroll=50, growth="constant"),
+    "unroll 200": dict(growth="constant"),
     "no momentum": dict(optimizer="mlp_no_momentum"),
     "no time": dict(optimizer="mlp_no_time"),
 }
 
 
-def compute_8(data: Any, quick: bool, seeds: int = 1) -> dict:
+def compute_8(data: Any, quick: bool) -> dict:
     """Figure 8, small: Metz's recipe with one thing changed, at equal meta-steps.
 
-    Returns ablation names (A,), fresh_loss (A, seeds): mean training loss over T of the
-    trained theta on three fresh seeds, nats; untrained and Adam's for scale; inner_steps
-    and minutes (A,); curves: the meta-losses (A, seeds, meta-steps).
+    Returns, by ablation, of the trained theta on three fresh seeds: fresh_loss, the mean
+    training loss over T in nats; for scale that of an untrained one and of Adam; minutes
+    and inner steps of meta-training. curves: the meta-losses (ablations, meta-steps).
     """
-    fresh, curves, minutes, inner, scale = [], [], [], [], {}
     names = list(ABLATIONS)[:3] if quick else list(ABLATIONS)
-    for changes in (ABLATIONS[name] for name in names):
-        for seed in range(seeds):
-            config = base_config(quick, seed=seed, **changes)
-            state, metrics, seconds = meta_train(config, data)
-            found = train.fresh_runs(config, data, state)
-            fresh.append(found["fresh_loss"])
-            curves.append(metrics["loss"])
-            scale = scale or {k: found[k] for k in ("untrained_loss", "adam_loss")}
-        minutes.append(seconds / 60)
-        inner.append(train.inner_steps(config, config.steps))
-    shape = len(names), seeds
-    return {
-        "ablations": names,
-        "fresh_loss": np.reshape(fresh, shape),
-        **scale,
-        "inner_steps": inner,
-        "minutes": minutes,
-        "curves": np.reshape(curves, (*shape, -1)),
-    }
+    runs = [meta_train(recipe_of(quick, **ABLATIONS[name]), data) for name in names]
+    found = {key: [run[key] for run, _ in runs] for key in runs[0][0]}
+    curves = [metrics["loss"] for _, metrics in runs]
+    return {"ablations": names, **found, "curves": curves}
 
 
 def plot_8(result: dict, plt: Any) -> Any:
     """Left: meta-losses (EMA 0.95) over meta-steps. Right: the trained thetas."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for i, (name, curves) in enumerate(
-        zip(result["ablations"], result["curves"], strict=True)
-    ):
-        left.plot(ema(curves, 0.95).mean(0), f"C{i}", lw=1, label=name)
-        right.plot(
-            result["fresh_loss"][i], [i] * len(result["fresh_loss"][i]), f"C{i}o"
-        )
+    for i, name in enumerate(result["ablations"]):
+        left.plot(ema(result["curves"][i], 0.95), f"C{i}", lw=1, label=name)
+        right.plot(result["fresh_loss"][i], i, f"C{i}o")
     left.set(xlabel="meta-steps", ylabel="meta-loss of the unroll (nats, EMA 0.95)")
     left.legend(fontsize=8)
-    right.axvline(
-        result["adam_loss"], color="k", ls="--", lw=1, label="Adam, best of 3"
-    )
+    right.axvline(result["adam_loss"][0], color="k", ls="--", label="Adam, best of 3")
     right.set_yticks(range(len(result["ablations"])), result["ablations"])
     right.invert_yaxis()
     right.set_xlabel("mean training loss over T on fresh seeds (nats)")
@@ -259,16 +196,13 @@ def plot_8(result: dict, plt: Any) -> Any:
     return figure
 
 
-def _on_fmnist_small(compute: Callable, name: str) -> Callable:
-    def run(args):
-        data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
-        title = f"Metz et al. 2019, {name}: {about['dataset']}"
-        return compute(data, args.quick), title, about
-
-    return run
+def _on_fmnist_small(compute: Callable, name: str, args: Any) -> tuple[dict, str, dict]:
+    data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
+    title = f"Metz et al. 2019, {name}: {about['dataset']}"
+    return compute(data, args.quick), title, about
 
 
 FIGURES = {
-    "metz4": (_on_fmnist_small(compute_4, "figure 4"), plot_4),
-    "metz8": (_on_fmnist_small(compute_8, "figure 8, small"), plot_8),
+    "metz4": (partial(_on_fmnist_small, compute_4, "figure 4"), plot_4),
+    "metz8": (partial(_on_fmnist_small, compute_8, "figure 8, small"), plot_8),
 }
