@@ -149,10 +149,8 @@ def conv(params: dict, x: jax.Array, stride: int = 1) -> jax.Array:
         patches = jnp.concatenate(windows(x, len(w), stride, 0), -1)  # (B, h, w, 9 n)
         y = patches @ w.reshape(-1, w.shape[-1])
     else:
-        layout = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(
-            x, w, (stride, stride), "SAME", dimension_numbers=layout
-        )
+        layout = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(x, w, (stride, stride), "SAME", **layout)
     return y + jnp.broadcast_to(params["b"], y.shape) if "b" in params else y
 
 
@@ -161,15 +159,11 @@ def windows(x: jax.Array, size: int, stride: int, fill: float) -> list:
 
     "Same" padding: h' = h / stride rounded up, the odd pixel of padding at the lower right.
     """
-    reach = [(-(-n // stride) - 1) * stride for n in x.shape[1:3]]  # of the last window
-    total = [max(r + size - n, 0) for r, n in zip(reach, x.shape[1:3], strict=True)]
-    pads = [(0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)]
-    x = jnp.pad(x, pads, constant_values=fill)
-    return [
-        x[:, i : i + reach[0] + 1 : stride, j : j + reach[1] + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=fill)
+    h, w = x.shape[1] - size + 1, x.shape[2] - size + 1
+    at = [(i, j) for i in range(size) for j in range(size)]
+    return [x[:, i : h + i : stride, j : w + j : stride] for i, j in at]
 
 
 def convnet(shape: tuple, outputs: int) -> Network:
