@@ -264,13 +264,18 @@ def meta_step(recipe: Recipe, made: Parts, data, key, state: TrainState):
 
 def compile_meta_step(recipe: Recipe, made: Parts, data: Any, state: TrainState):
     """The jitted meta-step (data, key, state) -> (state, metrics), state donated."""
+    of_data, of_state = jax.tree.map(lambda x: x.sharding, (data, state))
     jitted = jax.jit(
         lambda *args: meta_step(recipe, made, *args),
         donate_argnums=2,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+        in_shardings=(of_data, None, of_state),
+        out_shardings=(of_state, None),
         compiler_options=compiler_options(),
     )
-    return jitted.lower(data, run_keys(recipe)[2], state).compile()
+    # Traced by shapes alone: arrays bring their mesh along, which `devices.split` refuses.
+    args = data, run_keys(recipe)[2], state
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jitted.lower(*shapes).compile()
 
 
 # --- the loop
