@@ -9,6 +9,7 @@ The file stands alone: copy it. It needs jax, numpy and optax. In shape comments
 shape of one parameter tensor, F features, M momentum timescales, H hidden units.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -23,22 +24,23 @@ import optax
 class LearnedOptimizer(NamedTuple):
     init_theta: Callable  # key -> theta
     init: Callable  # params -> state
-    # (theta, grads, state, params) -> (updates, state); updates are added
-    update: Callable
+    update: Callable  # (theta, grads, state, params) -> (updates to add, state)
+
+
+def truncated_normal(key: jax.Array, shape: tuple, fan_in: int) -> jax.Array:
+    """Weights of deviation 1 / sqrt(fan in), cut off at two deviations."""
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape) / math.sqrt(fan_in)
 
 
 # --- Metz et al. 2019, appendix D.1
 
-MOMENTUM_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
-TIMESCALES = tuple(np.geomspace(3, 300_000, 9).tolist())  # inner steps, log-spaced
 HIDDEN = 32
 STEP_SCALE = MAGNITUDE_SCALE = 1e-3
 NORMALIZER_EPS = 1e-5
 
 
 class MLPState(NamedTuple):
-    # like params, leaves (M, *P): exponential moving averages of gradients
-    momenta: Any
+    momenta: Any  # like params, leaves (M, *P): running means of the gradient
     step: jax.Array  # () int32, updates done
 
 
@@ -54,30 +56,23 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
     timescales are log-spaced from 3 to 300,000 as the text says; the authors' public code
     has 3, 10, 30, ... and leaves two out.
     """
-    decays = np.array(MOMENTUM_DECAYS if momentum else (), np.float32)
-    timescales = np.array(TIMESCALES if time else (), np.float32)
+    decays = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999] if momentum else [])
+    timescales = np.float32(np.geomspace(3, 300_000, 9) if time else [])  # inner steps
     plain = 2 + len(decays)
 
     def init_theta(key):
-        """Truncated normals of deviation 1 / sqrt(fan in); biases 0."""
         key0, key1 = jax.random.split(key)
-
-        def weights(key, shape):
-            draw = jax.random.truncated_normal(key, -2.0, 2.0, shape)
-            return draw / math.sqrt(shape[0])
-
+        features = plain + len(timescales)
         return {
-            "w0": weights(key0, (plain + len(timescales), HIDDEN)),
+            "w0": truncated_normal(key0, (features, HIDDEN), features),
             "b0": jnp.zeros(HIDDEN),
-            "w1": weights(key1, (HIDDEN, 2)),
+            "w1": truncated_normal(key1, (HIDDEN, 2), HIDDEN),
             "b1": jnp.zeros(2),
         }
 
     def init(params):
-        def zeros(p):
-            return jnp.zeros((len(decays), *p.shape), p.dtype)
-
-        return MLPState(jax.tree.map(zeros, params), jnp.zeros((), jnp.int32))
+        momenta = jax.tree.map(lambda p: jnp.zeros((len(decays), *p.shape)), params)
+        return MLPState(momenta, step=jnp.zeros((), jnp.int32))
 
     def update(theta, grads, state, params):
         time_features = jnp.tanh(state.step / timescales - 1)
@@ -106,9 +101,8 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
 
 @partial(jax.checkpoint, prevent_cse=False)
 def _layers(w0: jax.Array, w1: jax.Array, x: jax.Array) -> jax.Array:
-    """w1' relu(w0' x), (2, size). Backpropagation keeps x, not the hidden units: they are
-    five times as much, and on a CPU sooner computed again than written and read. For its
-    sake, too, all sums over the parameters are products (biases, `tensordot`)."""
+    """w1' relu(w0' x), (2, size). Backpropagation keeps x, and computes the hidden units,
+    five times as much, again. It is fast if all sums over the parameters are products."""
     return w1.T @ jax.nn.relu(w0.T @ x)
 
 
@@ -132,14 +126,10 @@ def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
     """
 
     def init_theta(key):
-        def weights(key, shape, fan_in):
-            draw = jax.random.truncated_normal(key, -2.0, 2.0, shape)
-            return draw / math.sqrt(fan_in)
-
         g_key, h_key = jax.random.split(key)
         return {
-            "g": weights(g_key, (3 * hidden,), 1),
-            "h": weights(h_key, (hidden, 3 * hidden), hidden),
+            "g": truncated_normal(g_key, (3 * hidden,), 1),
+            "h": truncated_normal(h_key, (hidden, 3 * hidden), hidden),
             "b": jnp.zeros(3 * hidden),
             "readout": jnp.zeros(hidden),
         }
@@ -172,11 +162,10 @@ DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1); all others are above 0
 def encode(hyperparameters: dict) -> dict:
     """Values -> theta: log of what is above 0, logit of a decay, each () float32."""
 
-    def one(name, value):
-        x = math.log(value / (1 - value)) if name in DECAYS else math.log(value)
-        return np.float32(x)  # of numpy: JAX is not to start on import
-
-    return {name: one(name, value) for name, value in hyperparameters.items()}
+    return {
+        name: np.float32(math.log(x / (1 - x) if name in DECAYS else x))
+        for name, x in hyperparameters.items()
+    }
 
 
 def decode(theta: dict) -> dict:
@@ -186,33 +175,21 @@ def decode(theta: dict) -> dict:
     }
 
 
-def from_optax(make: Callable, start: dict) -> LearnedOptimizer:
-    """make(**theta) -> optax.GradientTransformation, theta from `start`: {name: float}."""
-
-    def update(theta, grads, state, params):
-        return make(**theta).update(grads, state, params)
-
-    return LearnedOptimizer(
-        init_theta=lambda key: {name: jnp.float32(x) for name, x in start.items()},
-        init=lambda params: make(**start).init(params),
-        update=update,
-    )
-
-
 def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
-    """make(**hyperparameters) with theta their logs and logits, so that theta is free.
+    """make(**hyperparameters) of optax, theta their logs and logits: any theta is valid.
 
     hand_designed(optax.adam, learning_rate=1e-3, b1=0.9) learns these two.
     """
 
-    def decoded(**theta):
-        return make(**decode(theta))
+    def update(theta, grads, state, params):
+        return make(**decode(theta)).update(grads, state, params)
 
-    return from_optax(decoded, {k: float(x) for k, x in encode(start).items()})
+    return LearnedOptimizer(
+        init_theta=lambda key: {k: jnp.asarray(x) for k, x in encode(start).items()},
+        init=lambda params: make(**start).init(params),
+        update=update,
+    )
 
-
-# A gradient of exactly 0 (a dark pixel's) has no derivative under a root without eps.
-ADAM = partial(optax.adam, eps_root=1e-8)
 
 LEARNED = {
     "mlp": mlp(),
@@ -222,5 +199,27 @@ LEARNED = {
     "gru_small": gru(hidden=8, scale=0.01),
     "sgd": hand_designed(optax.sgd, learning_rate=0.1),
     "momentum": hand_designed(optax.sgd, learning_rate=0.03, momentum=0.9),
-    "adam": hand_designed(ADAM, learning_rate=1e-3, b1=0.9, b2=0.999),
+    # A gradient of exactly 0 (a dark pixel's) has no derivative under a root without eps.
+    "adam": hand_designed(
+        partial(optax.adam, eps_root=1e-8), learning_rate=1e-3, b1=0.9, b2=0.999
+    ),
 }
+
+
+def load_theta(path: Any) -> tuple[dict, LearnedOptimizer]:
+    """(theta, optimizer) from a `.npz` whose "card" (JSON) has an "optimizer" of LEARNED.
+
+    OSError where the file cannot be read; ValueError, in one line, where it is no theta.
+    """
+    with open(path, "rb") as file:
+        try:
+            arrays = dict(np.load(file))
+            optimizer = LEARNED[json.loads(str(arrays["card"]))["optimizer"]]
+            like = jax.eval_shape(optimizer.init_theta, jax.random.key(0))
+            theta = {name: jnp.asarray(arrays[name], jnp.float32) for name in like}
+            for name, x in theta.items():
+                if x.shape != like[name].shape or not np.isfinite(x).all():
+                    raise ValueError(f"{name} is not {like[name].shape} finite numbers")
+        except Exception as error:
+            raise ValueError(f"{path} is no theta of lopts.py: {error!r}") from error
+    return theta, optimizer
