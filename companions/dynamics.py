@@ -22,7 +22,7 @@ Deviations from the paper: equation 4 has beta (v + v*) where beta (v - v*) is m
 calls a_j = L_j B the learning rate of mode j; that depends on the length of the
 eigenvector and leaves the readout out, so we count both.
 
-    optimizer = LearnedOptimizer(init_theta, init, update)    # of star.py or lopts.py
+    optimizer = LearnedOptimizer(init_theta, init, update)    # lopts.gru(), for one
     modes = modes_of(linearise(optimizer, theta))
     small = reduced(modes, keep=1)                            # a learned optimizer again
 
@@ -43,8 +43,7 @@ from jax.flatten_util import ravel_pytree
 class LearnedOptimizer(NamedTuple):
     init_theta: Callable  # key -> theta
     init: Callable  # params -> state
-    # (theta, grads, state, params) -> (updates, state); updates are added
-    update: Callable
+    update: Callable  # (theta, grads, state, params) -> (updates to add, state)
 
 
 class Linear(NamedTuple):
@@ -83,16 +82,14 @@ def cell(optimizer: LearnedOptimizer, theta: Any) -> tuple[Callable, np.ndarray]
     """(step, start): the optimizer of one scalar parameter, its state a vector.
 
     step: (h (k,), g ()) -> (h' (k,), update ()); start: (k,). The parameter is held at 0.
-    optimizer: any `LearnedOptimizer`. Raises ValueError for a state with integers in it,
-    such as a count of steps: such an optimizer has no fixed point.
+    Raises ValueError for a state with integers in it, such as STAR's count of steps: such
+    an optimizer has no fixed point.
     """
     param = jnp.zeros(())
     state = optimizer.init(param)
     for leaf in jax.tree.leaves(state):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"the state holds {jnp.result_type(leaf)}, not numbers alone"
-            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"the state holds {leaf.dtype}: it has no fixed point")
     start, unravel = ravel_pytree(state)
 
     def step(h, g):
@@ -102,9 +99,7 @@ def cell(optimizer: LearnedOptimizer, theta: Any) -> tuple[Callable, np.ndarray]
     return step, start
 
 
-def fixed_point(
-    f: Callable, h: jax.Array, iterations: int = 100, tolerance: float = 1e-12
-) -> tuple[np.ndarray, float]:
+def fixed_point(f: Callable, h: Any, iterations: int = 100, tolerance: float = 1e-12):
     """(h*, |f(h*) - h*|): Levenberg's method on the residual, from h.
 
     Each step solves (J'J + damping I) s = -J'r, and is taken where the residual falls;
@@ -142,10 +137,8 @@ def linearise(optimizer: LearnedOptimizer, theta: Any, settle: int = 1000) -> Li
         def rest(h):
             return step(h, zero)[0]
 
-        settled = jax.jit(
-            lambda h: jax.lax.fori_loop(0, settle, lambda _, h: rest(h), h)
-        )
-        point, residual = fixed_point(rest, settled(start))
+        settled = jax.lax.fori_loop(0, settle, lambda _, h: rest(h), start)
+        point, residual = fixed_point(rest, settled)
         derivatives = jax.jit(jax.jacfwd(step, argnums=(0, 1)))(point, zero)
         (a, b), (c, d) = jax.tree.map(np.asarray, derivatives)
         drift = float(jax.jit(step)(point, zero)[1])
@@ -192,27 +185,22 @@ def response(modes: Modes, steps: int) -> np.ndarray:
     return out
 
 
-def keep_modes(modes: Modes, keep: int) -> np.ndarray:
+def keep_modes(modes: Modes, keep: int | None) -> np.ndarray:
     """Indices of the first `keep` modes, and one more where that would split a pair."""
-    keep = min(keep, len(modes.momentum))
-    if keep == 0 or modes.momentum[keep - 1].imag == 0:
-        return np.arange(keep)
     kept = modes.momentum[:keep]
-    pairs_are_whole = abs(kept.imag.sum()) < 1e-9 * np.abs(kept.imag).max()
-    return np.arange(keep if pairs_are_whole else keep + 1)
+    split = len(kept) > 0 and kept[-1].imag < 0  # the second of a pair has imag > 0
+    return np.arange(len(kept) + split)
 
 
-def reduced(
-    modes: Modes, keep: int | None = None, rest: bool = True
-) -> LearnedOptimizer:
-    """The linear optimizer of the first `keep` modes (all: the linearisation itself).
+def reduced(modes: Modes, keep: int | None = None, rest: bool = True):
+    """The `LearnedOptimizer` of the first `keep` modes; all: the linearisation itself.
 
         y_j' = beta_j y_j - alpha_j g,   u = sum_j y_j' - direct g + u*
     It has no theta. State: a tree like the parameters, leaves (keep, *P) complex64.
     rest: False leaves out what the gradients did not cause: the way from the first state
     to the fixed point, and the drift u* there.
     """
-    index = keep_modes(modes, len(modes.momentum) if keep is None else keep)
+    index = keep_modes(modes, keep)
     beta, alpha, start = (
         np.asarray(x[index], np.complex64)
         for x in (modes.momentum, modes.learning_rate, modes.start)
@@ -257,15 +245,7 @@ def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
 # --- optimizers whose state holds running means of the gradient: STAR
 
 
-def accumulator_rates(
-    optimizer: LearnedOptimizer,
-    theta: Any,
-    decays: jax.Array,
-    grads: Any,
-    state: Any,
-    params: Any,
-    entries: Any,
-) -> Any:
+def accumulator_rates(optimizer, theta, decays, grads, state, params, entries):
     """Learning rates of running means of the gradient, for some parameters.
 
         m_k' = beta_k m_k + (1 - beta_k) g,  alpha_k = -(1 - beta_k) d u / d m_k'
@@ -273,32 +253,28 @@ def accumulator_rates(
     what the network makes of it, here and now, all other features held. Exact: the slope
     of one parameter's update by its own mean, one parameter of every tensor at a time
     (the optimizer must treat tensors separately, as STAR does).
-    state.momentum: a tuple of M trees like params, as in star.State. decays: (M,). entries:
-    a tree like params of (n,) flat indices. Returns a tree like params of (M, n).
+    state.tensors: a tree like params of tuples with a field m, the M means, as star.State.
+    decays: (M,). entries: a tree like params of (n,) flat indices. Returns a tree like
+    params of (M, n).
     """
-    count, each = len(state.momentum), len(jax.tree.leaves(entries)[0])
 
-    def slope(k_and_n):
-        k, n = k_and_n
-        here = jax.tree.map(
-            lambda p, j: jnp.zeros(p.size).at[j[n]].set(1.0).reshape(p.shape),
-            params,
-            entries,
-        )
-
+    def slope(k, n):
         def update_at(x):  # x is added to mean k of the chosen parameters
-            def move(i, mean):
-                return jax.tree.map(lambda m, one: m + (k == i) * x * one, mean, here)
+            def move(p, entry, tensor):
+                one = jnp.zeros(p.size).at[entry[n]].set(x).reshape(p.shape)
+                means = tuple(m + (k == i) * one for i, m in enumerate(tensor.m))
+                return tensor._replace(m=means)
 
-            momentum = tuple(move(i, mean) for i, mean in enumerate(state.momentum))
-            moved = state._replace(momentum=momentum)
+            tensors = jax.tree.map(move, params, entries, state.tensors)
+            moved = state._replace(tensors=tensors)
             updates, _ = optimizer.update(theta, grads, moved, params)
             return jax.tree.map(lambda u, j: u.reshape(-1)[j[n]], updates, entries)
 
         return jax.jvp(update_at, (0.0,), (1.0,))[1]
 
-    k, n = jnp.repeat(jnp.arange(count), each), jnp.tile(jnp.arange(each), count)
-    slopes = jax.lax.map(slope, (k, n))
+    count, each = len(decays), len(jax.tree.leaves(entries)[0])
+    k, n = jnp.divmod(jnp.arange(count * each), each)
+    slopes = jax.lax.map(lambda pair: slope(*pair), (k, n))
     # the slope by m_k' is that by m_k over beta_k
     scale = ((1 - decays) / decays)[:, None]
     return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)

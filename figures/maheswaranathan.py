@@ -1,15 +1,12 @@
 """Figures 7, 9 to 12 of Maheswaranathan et al. 2020, and STAR's modes under the same lens.
 
-`python -m figures gru7a`, `gru7b`, `gru7c`, `gru9`, `gru10`, `gru11`, `gru12`,
-`modes_star` (figures.py keeps the list). The trained GRU optimizers are in weights/.
+`python -m figures gru7a` to `gru7c`, `gru9` to `gru12`, `modes_star`. companions/gru.py
+trained the GRU optimizers in weights/.
 """
 
-import argparse
 import pathlib
-import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,427 +14,264 @@ import numpy as np
 import optax
 
 import star
+import star_fast
+import tasks
+from baselines import from_optax
 from companions import dynamics, problems
-from companions.lopts import LearnedOptimizer, from_optax
-from estimators import clip_loss
-from inner import compiler_options, inner_training
-from store import load_theta, read_card
-from tasks import TASKS
+from companions.lopts import load_theta
+from store import read_card
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
+ABOUT = {"dataset": "drawn from its formula", "stand_in": False}
+TASKS = ("linear_regression", "rosenbrock", "two_moons")
+STAGES = {"early": "linear_regression_early", "trained": "linear_regression"}
 STEPS = 200  # of every inner run, as in meta-training
 SEARCH_SEED, TEST_SEED = 50_000, 60_000  # apart from the usual --seed
-EDGE = (
-    0.02  # of a range in log: a best value nearer to its end than this is "on the edge"
-)
-
-
-class Tuned(NamedTuple):
-    """A hand-designed optimizer and where its hyperparameters are searched."""
-
-    make: object  # (**hyperparameters) -> optax optimizer
-    ranges: dict  # name -> (low, high), log-uniform; of a decay: of 1 - decay
-
-
-RATES = (1e-5, 1e2)
-MEMORY = (1e-4, 1.0)
+# name -> optax optimizer, and its decays, which are searched with its learning rate
 BASELINES = {
-    "momentum": Tuned(optax.sgd, {"learning_rate": RATES, "momentum": MEMORY}),
-    "RMSProp": Tuned(optax.rmsprop, {"learning_rate": RATES, "decay": MEMORY}),
-    "Adam": Tuned(optax.adam, {"learning_rate": RATES, "b1": MEMORY, "b2": MEMORY}),
+    "momentum": (optax.sgd, "momentum"),
+    "RMSProp": (optax.rmsprop, "decay"),
+    "Adam": (optax.adam, "b1", "b2"),
 }
-TITLES = {
-    "linear_regression": "linear regression",
-    "rosenbrock": "Rosenbrock",
-    "two_moons": "two moons",
-}
+RATES, MEMORY = (1e-5, 1e2), (1e-4, 1.0)  # log-uniform ranges of rates and of 1 - decay
+EDGE = 0.02  # of a range in log: a best value as near to an end is "on the edge"
 
 
-class Size(NamedTuple):
-    """How much a search takes. Two moons costs hundreds of times the others and gets fewer
-    configurations than the paper's 2500; on one start alone the best is one by luck."""
-
-    configurations: int
-    problems: int  # that each configuration is tried on
-    tests: int  # fresh problems
+def size_of(task: str, quick: bool) -> tuple[int, int, int]:
+    """Configurations (the paper: 2500), problems for each, fresh problems for the best."""
+    if task == "two_moons":  # costs hundreds of times the others
+        return (24, 2, 8) if quick else (300, 4, 64)
+    return (300, 32, 64) if quick else (2500, 32, 64)
 
 
-def size_of(task: str, quick: bool) -> Size:
-    if task == "two_moons":
-        return Size(24, 2, 8) if quick else Size(300, 4, 64)
-    return Size(300, 32, 64) if quick else Size(2500, 32, 64)
+def losses_of(task: str, optimizer: Any, thetas: Any, keys: jax.Array) -> np.ndarray:
+    """(N, STEPS): one run for each of the thetas, leaves (N, ...), and keys (N,).
 
-
-def is_rate(name: str) -> bool:
-    return name == "learning_rate"
-
-
-def draw_configurations(
-    tuned: Tuned, count: int, seed: int | list[int]
-) -> dict[str, np.ndarray]:
-    """{name: (count,)}: rates and 1 - decay log-uniform in their ranges."""
-    rng, out = np.random.default_rng(seed), {}
-    for name, (low, high) in tuned.ranges.items():
-        x = np.exp(rng.uniform(np.log(low), np.log(high), count))
-        out[name] = (x if is_rate(name) else 1 - x).astype(np.float32)
-    return out
-
-
-def on_edge(tuned: Tuned, best: dict) -> list[str]:
-    """Names of the hyperparameters whose best value lies on the edge of its range."""
-    out = []
-    for name, (low, high) in tuned.ranges.items():
-        x = best[name] if is_rate(name) else 1 - best[name]
-        share = np.log(x / low) / np.log(high / low)
-        if not EDGE < share < 1 - EDGE:
-            out.append(name)
-    return out
-
-
-def runner(task: str, optimizer: LearnedOptimizer, chunk: int) -> Callable:
-    """(thetas: leaves (N, ...), keys (N,)) -> losses (N, STEPS): one run for each pair.
-
-    One compiled program takes `chunk` runs side by side. Losses are those before each
-    update, clipped as in meta-training. A key draws the problem and its start.
+    A key draws problem and start. The losses are clipped as in meta-training.
     """
-    build = partial(TASKS[task].build, None)
-    fresh, step = inner_training(build, optimizer)
-    limit = build(jax.random.key(0)).loss_limit
+    build = partial(problems.TASKS[task].build, {})
+    problem = tasks.inner_problem(build, optimizer, lambda theta: theta, STEPS)
 
-    def run(theta, key):
-        def one(carry, t):
-            return step(theta, carry, key)  # no batches: the key is not used
+    def run(theta_and_key):
+        theta, key = theta_and_key
+        return problem.run(theta, problem.fresh(key), key)[1]
 
-        return clip_loss(jax.lax.scan(one, fresh(key), length=STEPS)[1], limit)
-
-    together = jax.jit(jax.vmap(run), compiler_options=compiler_options())
-
-    def losses(thetas, keys):
-        out, count = [], len(keys)
-        for first in range(0, count, chunk):
-            index = np.minimum(first + np.arange(chunk), count - 1)
-            part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], thetas)
-            out.append(np.asarray(together(part, keys[index])))
-        return np.concatenate(out)[:count]
-
-    return losses
+    # of two moons few side by side, which fit a CPU's caches better
+    side_by_side = min(len(keys), 8 if task == "two_moons" else 3200)
+    runs = partial(jax.lax.map, run, batch_size=side_by_side)
+    options = tasks.compiler_options()
+    return np.asarray(jax.jit(runs, compiler_options=options)((thetas, keys)))
 
 
-def repeat(theta: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], count, 0), theta)
+def test_losses(task: str, optimizer: Any, theta: Any, tests: int) -> np.ndarray:
+    """(tests, STEPS): one theta on the test problems."""
+    thetas = jax.tree.map(lambda x: np.repeat(np.float32(x)[None], tests, 0), theta)
+    keys = jax.random.split(jax.random.key(TEST_SEED), tests)
+    return losses_of(task, optimizer, thetas, keys)
 
 
-def test_keys(count: int) -> jax.Array:
-    return jax.random.split(jax.random.key(TEST_SEED), count)
+def mean_and_error(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the mean loss of each run, over runs: losses (..., runs, steps) -> (...) each."""
+    x = np.float64(losses.mean(-1))
+    return x.mean(-1), x.std(-1, ddof=1) / np.sqrt(x.shape[-1])
 
 
-def chunk_of(task: str, size: Size) -> int:
-    """Runs side by side: of two moons few, which fit a CPU's caches better."""
-    return 8 if task == "two_moons" else min(4000, size.configurations * size.problems)
-
-
-def tune(task: str, name: str, size: Size) -> dict:
+def tune(task: str, name: str, size: tuple) -> dict:
     """Random search on the meta-objective, appendix C.3; the best one on fresh problems.
 
-    Prints what it found. Returns configurations {hyperparameter: (N,)}, objective (N,)
-    the mean loss over steps and problems, best {hyperparameter: value}, edge (names of
-    those on the edge of their range: a warning on stderr), losses (tests, STEPS) of the
-    best on the test problems.
+    Returns tried {hyperparameter: (N,)}, objective (N,) the mean loss over steps
+    and problems, best {hyperparameter: value}, found (the same in words, with a warning if
+    it lies on the edge of its range), losses (tests, STEPS) of it on the test problems.
     """
-    tuned = BASELINES[name]
-    count, each, tests = size
-    seed = [SEARCH_SEED, *name.encode()]
-    configurations = draw_configurations(tuned, count, seed)
-    start = {key: float(x[0]) for key, x in configurations.items()}
-    losses = runner(task, from_optax(tuned.make, start), chunk_of(task, size))
+    (make, *decays), (count, each, tests) = BASELINES[name], size
+    rng = np.random.default_rng([SEARCH_SEED, *name.encode()])
+    share, tried = {}, {}
+    for key in ("learning_rate", *decays):
+        low, high = np.log(MEMORY if key in decays else RATES)
+        share[key] = rng.uniform(size=count)
+        x = np.exp(low + (high - low) * share[key])
+        tried[key] = np.float32(1 - x if key in decays else x)
+    optimizer = from_optax(make, {k: float(x[0]) for k, x in tried.items()})
     keys = jax.random.split(jax.random.key(SEARCH_SEED), each)
-    pairs = {key: np.repeat(x, each) for key, x in configurations.items()}
-    found = losses(pairs, keys[np.tile(np.arange(each), count)])
-    objective = found.mean(1).reshape(count, each).mean(1)
-    best = {key: x[objective.argmin()] for key, x in configurations.items()}
-    edge = on_edge(tuned, best)
-    if edge:
-        print(
-            f"warning: {task}, {name}: the best {', '.join(edge)} of {count} lies on the "
-            "edge of the range searched",
-            file=sys.stderr,
-        )
-    best = {key: float(x) for key, x in best.items()}
-    print(f"{task}, {name}: {describe(best)}: {objective.min():.4g}", flush=True)
-    return {
-        "configurations": configurations,
-        "objective": objective,
-        "best": best,
-        "edge": edge,
-        "losses": losses(repeat(best, tests), test_keys(tests)),
-    }
-
-
-def describe(best: dict) -> str:
-    return ", ".join(f"{key} {x:.4g}" for key, x in best.items())
-
-
-def theta_losses(task: str, optimizer: Any, theta: Any, tests: int) -> np.ndarray:
-    """(tests, STEPS): losses of one theta on the test problems."""
-    losses = runner(task, optimizer, 8 if task == "two_moons" else tests)
-    return losses(repeat(theta, tests), test_keys(tests))
-
-
-def mean_and_error(x: np.ndarray) -> tuple[float, float]:
-    x = np.asarray(x, np.float64)
-    return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
+    pairs = {k: np.repeat(x, each) for k, x in tried.items()}
+    losses = losses_of(task, optimizer, pairs, jnp.tile(keys, count))
+    objective = losses.mean(1).reshape(count, each).mean(1)
+    at = objective.argmin()
+    best = {k: float(x[at]) for k, x in tried.items()}
+    edge = [k for k, x in share.items() if not EDGE < x[at] < 1 - EDGE]
+    found = ", ".join(f"{k} {x:.4g}" for k, x in best.items())
+    found += f" (on the edge of its range: {', '.join(edge)})" if edge else ""
+    print(f"{task}, {name}: {found}: {objective[at]:.4g}", flush=True)
+    losses = test_losses(task, optimizer, best, tests)
+    return dict(tried=tried, objective=objective, best=best, found=found, losses=losses)
 
 
 # --- figures 10 to 12: the maps of hyperparameters
-
-
-def compute_maps(task: str, size: Size) -> dict:
+def compute_maps(args: Any, task: str) -> tuple[dict, str, dict]:
     """Random search of every baseline on a task, and its best on fresh problems."""
-    found = {name: tune(task, name, size) for name in BASELINES}
-    tests = [mean_and_error(x["losses"].mean(1)) for x in found.values()]
-    return {
+    size = size_of(task, args.quick)
+    tuned = {name: tune(task, name, size) for name in BASELINES}
+    result = {
         "task": task,
-        **size._asdict(),
+        **dict(zip(("configurations", "problems", "tests"), size, strict=True)),
         "optimizer": list(BASELINES),
-        "best": [describe(x["best"]) for x in found.values()],
-        "on_edge": [", ".join(x["edge"]) for x in found.values()],
-        "meta_objective": [float(x["objective"].min()) for x in found.values()],
-        "test_loss_and_error": tests,
-        "curves": found,
+        "best": [x["found"] for x in tuned.values()],
+        "meta_objective": [x["objective"].min() for x in tuned.values()],
+        "test_loss_and_error": [mean_and_error(x["losses"]) for x in tuned.values()],
+        "curves": tuned,
     }
+    return result, f"{task.replace('_', ' ')}: {size[0]} configurations each", ABOUT
 
 
 def plot_maps(result: dict, plt: Any) -> Any:
     """A dot for each configuration, dark for good, one colour scale; a star: the best."""
-    pairs = [
-        ("momentum", "learning_rate", "momentum"),
-        ("RMSProp", "learning_rate", "decay"),
-        ("Adam", "learning_rate", "b1"),
-        ("Adam", "learning_rate", "b2"),
-    ]
     figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
-    objectives = {k: v["objective"] for k, v in result["curves"].items()}
-    low = min(x.min() for x in objectives.values())
-    high = np.percentile(np.concatenate(list(objectives.values())), 80)
-    norm = plt.matplotlib.colors.LogNorm(low, high)
-    for axis, (name, *names) in zip(axes, pairs, strict=True):
-        found = result["curves"][name]
-        worst_first = np.argsort(-found["objective"])  # so that the best lie on top
-        x, y = (found["configurations"][n][worst_first] for n in names)
-        dots = axis.scatter(
-            x, 1 - y, c=found["objective"][worst_first], s=6, norm=norm, cmap="viridis"
-        )
-        best = found["best"]
-        label = f"best: {best[names[0]]:.2g}, {best[names[1]]:.3g}"
-        axis.plot(
-            best[names[0]],
-            1 - best[names[1]],
-            "*",
-            ms=15,
-            mfc="gold",
-            mec="k",
-            label=label,
-        )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="learning rate",
-            ylabel=f"1 - {names[1]}",
-            title=f"{name}: {found['objective'].min():.4g}",
-        )
+    shown = [(name, k) for name, (_, *decays) in BASELINES.items() for k in decays]
+    objectives = [x["objective"] for x in result["curves"].values()]
+    norm = plt.matplotlib.colors.LogNorm(*np.percentile(objectives, [0, 80]))
+    for axis, (name, decay) in zip(axes, shown, strict=True):
+        tuned = result["curves"][name]
+        objective, found = tuned["objective"], tuned["tried"]
+        order = np.argsort(-objective)  # so that the best lie on top
+        x, y = found["learning_rate"][order], 1 - found[decay][order]
+        dots = axis.scatter(x, y, c=objective[order], s=6, norm=norm)
+        rate, memory = tuned["best"]["learning_rate"], tuned["best"][decay]
+        label = f"best: {rate:.2g}, {memory:.3g}"
+        axis.plot(rate, 1 - memory, "*", ms=15, mfc="gold", mec="k", label=label)
+        axis.set(xscale="log", xlabel="learning rate", yscale="log")
+        axis.set(ylabel=f"1 - {decay}", title=f"{name}: {objective.min():.4g}")
         axis.invert_yaxis()
         axis.legend(fontsize=8, loc="lower left")
-    bar = figure.colorbar(dots, ax=axes, extend="max")
-    bar.set_label("meta-objective (mean loss)")
+    figure.colorbar(dots, ax=axes, extend="max", label="meta-objective (mean loss)")
     return figure
 
 
 # --- figure 9: performance
+def shipped(name: str) -> tuple[dict, Any, dict]:
+    """(theta, optimizer, card) of a GRU in weights/."""
+    path = WEIGHTS / f"gru_{name}.npz"
+    return *load_theta(path), read_card(path)
 
 
-def shipped(task: str) -> tuple[dict, Any, dict]:
-    """(theta, optimizer, card) of the trained GRU for a task."""
-    path = WEIGHTS / f"gru_{task}.npz"
-    trained = load_theta(path)
-    return trained.theta, trained.optimizer, read_card(path)
-
-
-def compute_9(quick: bool) -> dict:
+def compute_9(args: Any) -> tuple[dict, str, dict]:
     """Mean loss over 200 steps on fresh problems: mean and standard error over problems.
 
     Also the paired difference GRU - momentum on the same problems, with its error.
     """
-    result = {"task": list(TITLES), "optimizer": [*BASELINES, "GRU"]}
-    means, pairs, tests, best = [], [], [], []
-    for task in TITLES:
-        size = size_of(task, quick)
-        rows = []
-        for name in BASELINES:
-            found = tune(task, name, size)
-            rows.append(found["losses"].mean(1))
-            best.append(f"{task}, {name}: {describe(found['best'])}")
+    stats, pairs, best = [], [], []
+    for task in TASKS:
+        size = size_of(task, args.quick)
+        tuned = {name: tune(task, name, size) for name in BASELINES}
+        best += [f"{task}, {name}: {x['found']}" for name, x in tuned.items()]
         theta, optimizer, _ = shipped(task)
-        rows.append(theta_losses(task, optimizer, theta, size.tests).mean(1))
-        means.append([mean_and_error(x) for x in rows])
-        pairs.append(mean_and_error(rows[-1] - rows[0]))
-        tests.append(size.tests)
-    means, pairs = np.array(means), np.array(pairs)
-    return result | {
-        "tests": tests,
-        "mean_loss": means[..., 0],
-        "standard_error": means[..., 1],
-        "gru_minus_momentum": pairs[:, 0],
-        "gru_minus_momentum_error": pairs[:, 1],
+        gru = test_losses(task, optimizer, theta, size[-1])
+        losses = np.stack([*(x["losses"] for x in tuned.values()), gru])
+        stats.append(mean_and_error(losses))
+        pairs.append(mean_and_error(gru - losses[0]))
+    result = {
+        "task": TASKS,
+        "optimizer": [*BASELINES, "GRU"],
+        "tests": [size_of(task, args.quick)[-1] for task in TASKS],
+        "mean_loss": [mean for mean, _ in stats],
+        "standard_error": [error for _, error in stats],
+        "gru_minus_momentum": [mean for mean, _ in pairs],
+        "gru_minus_momentum_error": [error for _, error in pairs],
         "best": best,
     }
+    return result, f"mean loss over {STEPS} steps, fresh problems", ABOUT
 
 
 def plot_9(result: dict, plt: Any) -> Any:
     """A panel for each task; error bars are standard errors over problems."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    names = result["optimizer"]
+    names, tests = result["optimizer"], result["tests"]
     for i, axis in enumerate(axes):
         mean, error = result["mean_loss"][i], result["standard_error"][i]
-        colors = ["0.6"] * (len(names) - 1) + ["C3"]
         low = np.minimum(error, 0.9 * mean)  # a log axis has no 0
         axis.errorbar(names, mean, [low, error], fmt="none", ecolor="k", capsize=4)
-        axis.scatter(names, mean, c=colors, s=50, zorder=3)
-        for x, y, e in zip(range(len(names)), mean, error, strict=True):
-            axis.annotate(
-                f"{y:.3g}", (x, y + e), ha="center", va="bottom", fontsize=8,
-                xytext=(0, 2), textcoords="offset points",
-            )  # fmt: skip
-        axis.set_title(f"{TITLES[result['task'][i]]}, {result['tests'][i]} problems")
+        axis.scatter(names, mean, c=["0.6"] * len(BASELINES) + ["C3"], s=50, zorder=3)
+        for x, y in enumerate(mean):
+            axis.text(x, y + error[x], f"{y:.3g}", ha="center", va="bottom", fontsize=8)
+        axis.set_title(f"{TASKS[i].replace('_', ' ')}, {tests[i]} problems")
         axis.set(yscale="log", xlim=(-0.5, len(names) - 0.5))
-        axis.tick_params(axis="x", labelsize=8)
         axis.set_ylim((mean - low).min() / 1.5, (mean + error).max() * 1.8)
-    axes[0].set_ylabel("mean loss over 200 steps")
+        axis.tick_params(axis="x", labelsize=8)
+    axes[0].set_ylabel(f"mean loss over {STEPS} steps")
     return figure
 
 
 # --- figure 7: the linear regression optimizer, taken apart
-
-KEPT = 1, 3  # modes of the reduced optimizers in figure 7c
-STAGES = {"early": "gru_linear_regression_early", "trained": "gru_linear_regression"}
-
-
-def stage(name: str) -> tuple[dict, Any, int]:
-    """(theta, optimizer, meta-steps) of a stage of meta-training."""
-    path = WEIGHTS / f"{STAGES[name]}.npz"
-    trained = load_theta(path)
-    return trained.theta, trained.optimizer, read_card(path)["meta_steps"]
-
-
-def compute_7(quick: bool, curves: bool) -> dict:
+def compute_7(args: Any, title: str, keep: int = 0) -> tuple[dict, str, dict]:
     """The modes of both stages, beside momentum tuned on the task and by theory.
 
-    curves: also the losses on the test problems, of the tuned momentum, and for each stage
-    of the optimizer itself, of its linearisation and of its first modes alone.
+    keep: a number of modes. Given, also losses on the test problems: of each stage of the
+    optimizer itself, its linearisation, its first mode, and its first `keep` modes.
     """
     task = "linear_regression"
-    size = size_of(task, quick)
+    size = size_of(task, args.quick)
     tuned = tune(task, "momentum", size)
-    theory = dynamics.heavy_ball(*problems.CURVATURES)
+    losses = {"tuned momentum": tuned["losses"]}
+    gru = [shipped(name) for name in STAGES.values()]
+    systems = [dynamics.linearise(optimizer, theta) for theta, optimizer, _ in gru]
+    modes = [dynamics.modes_of(system) for system in systems]
+    stages = zip(STAGES, gru, modes, strict=True)
+    for stage, (theta, optimizer, _), found in stages if keep else ():
+        versions = {"itself": optimizer, "linearised": dynamics.reduced(found)}
+        for k in (1, keep):
+            count = len(dynamics.keep_modes(found, k))
+            label = "first mode alone" if count == 1 else f"first {count} modes"
+            versions[label] = dynamics.reduced(found, k, rest=False)
+        for version, made in versions.items():
+            losses[f"{stage}: {version}"] = test_losses(task, made, theta, size[-1])
+    first = [np.stack([x.momentum, x.learning_rate], 1)[:4] for x in modes]
     result = {
         "tuned_momentum": list(tuned["best"].values()),  # alpha, beta
-        "heavy_ball": theory,
+        "heavy_ball": dynamics.heavy_ball(*problems.CURVATURES),
         "stage": list(STAGES),
-        "curves": {"modes": [], "losses": {"tuned momentum": tuned["losses"]}},
+        "meta_steps": [card["meta_steps"] for *_, card in gru],
+        "residual": [x.residual for x in systems],
+        "drift": [x.drift for x in systems],
+        "condition": [x.condition for x in modes],
+        "first_modes": [x.view(float) for x in first],  # real, imaginary: beta, alpha
+        "optimizers": list(losses),
+        "mean_loss_and_error": [mean_and_error(x) for x in losses.values()],
+        "curves": {"modes": modes, "losses": losses},
     }
-    rows = {
-        k: [] for k in ("meta_steps", "residual", "drift", "condition", "first_modes")
-    }
-    for name in STAGES:
-        theta, optimizer, meta_steps = stage(name)
-        system = dynamics.linearise(optimizer, theta)
-        modes = dynamics.modes_of(system)
-        rows["meta_steps"].append(meta_steps)
-        rows["residual"].append(system.residual)
-        rows["drift"].append(system.drift)
-        rows["condition"].append(modes.condition)
-        first = zip(modes.momentum[:4], modes.learning_rate[:4], strict=True)
-        rows["first_modes"].append(
-            [[b.real, b.imag, a.real, a.imag] for b, a in first]
-        )  # beta, then alpha
-        result["curves"]["modes"].append(modes)
-        if not curves:
-            continue
-        versions = {
-            "itself": (optimizer, theta),
-            "linearised": (dynamics.reduced(modes), {}),
-        }
-        for keep in KEPT:
-            small = dynamics.reduced(modes, keep, rest=False)
-            count = len(dynamics.keep_modes(modes, keep))
-            label = "first mode alone" if count == 1 else f"first {count} modes"
-            versions[label] = (small, {})
-        for version, (made, theta_of) in versions.items():
-            losses = theta_losses(task, made, theta_of, size.tests)
-            result["curves"]["losses"][f"{name}: {version}"] = losses
-    if curves:
-        summary = {
-            k: mean_and_error(v.mean(1)) for k, v in result["curves"]["losses"].items()
-        }
-        result["optimizers"] = list(summary)
-        result["mean_loss_and_error"] = list(summary.values())
-    return result | rows
+    return result, f"GRU on linear regression: {title}", ABOUT
+
+
+def panels(result: dict, plt: Any, size: tuple, **options: Any) -> tuple:
+    """(figure, axes): a panel with a title for each stage."""
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", **options)
+    for i, axis in enumerate(axes):
+        axis.set_title(f"{result['stage'][i]}: {result['meta_steps'][i]} meta-steps")
+    return figure, axes
 
 
 def plot_7a(result: dict, plt: Any) -> Any:
     """Eigenvalues of the Jacobian at the fixed point; colour: the long-run step."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, axes = panels(result, plt, (10, 4.6))
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
-    for i, axis in enumerate(axes):
-        modes = result["curves"]["modes"][i]
-        beta, weight = modes.momentum, long_run(modes)
+    _, tuned = result["tuned_momentum"]
+    for axis, modes in zip(axes, result["curves"]["modes"], strict=True):
         axis.plot(circle.real, circle.imag, "0.7", lw=1)
+        weight = np.abs(modes.learning_rate / (1 - modes.momentum))
+        norm = plt.matplotlib.colors.LogNorm(weight.max() / 1e3, weight.max())
         order = np.argsort(weight)  # the strongest on top
-        low, high = weight.max() / 1e3, weight.max()
-        norm = plt.matplotlib.colors.LogNorm(low, high)
-        shown = np.clip(weight[order], low, high)
-        dots = axis.scatter(
-            beta.real[order], beta.imag[order], c=shown, norm=norm, s=45, cmap="viridis_r",
-            edgecolors="k", linewidths=0.5,
-        )  # fmt: skip
-        tuned = result["tuned_momentum"][1]
-        axis.axvline(
-            tuned, color="goldenrod", lw=1, label=f"tuned momentum, {tuned:.3f}"
-        )
-        axis.set(
-            title=_stage_title(result, i),
-            xlabel="real part",
-            aspect="equal",
-            xlim=(-1.1, 1.1),
-            ylim=(-1.1, 1.1),
-        )
+        beta, style = modes.momentum[order], dict(cmap="viridis_r", ec="k", lw=0.5)
+        dots = axis.scatter(beta.real, beta.imag, 45, weight[order], norm=norm, **style)
+        axis.axvline(tuned, c="goldenrod", lw=1, label=f"tuned momentum, {tuned:.3f}")
+        axis.set(xlabel="real part", aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         axis.legend(fontsize=8, loc="lower left")
         figure.colorbar(dots, ax=axis, label="|alpha / (1 - beta)|, long-run step")
     axes[0].set_ylabel("imaginary part")
     return figure
 
 
-def long_run(modes: dynamics.Modes) -> np.ndarray:
-    """|alpha / (1 - beta)|: how far a mode moves in the end for one gradient."""
-    return np.abs(modes.learning_rate / (1 - modes.momentum))
-
-
-def _stage_title(result: dict, i: int) -> str:
-    return f"{result['stage'][i]}: {result['meta_steps'][i]} meta-steps"
-
-
 def plot_7b(result: dict, plt: Any) -> Any:
     """Momentum and learning rate of each mode; the stars: tuned momentum and theory."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 4.2), layout="constrained", sharey=True
-    )
-    for i, axis in enumerate(axes):
-        modes = result["curves"]["modes"][i]
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="1 - |beta|  (longer memory to the right)",
-            title=_stage_title(result, i),
-        )
+    figure, axes = panels(result, plt, (10, 4.2), sharey=True)
+    for axis, modes in zip(axes, result["curves"]["modes"], strict=True):
         beta, alpha = modes.momentum, modes.learning_rate
         single = np.abs(beta.imag) < 1e-9
         for chosen, marker, label in (
@@ -447,100 +281,90 @@ def plot_7b(result: dict, plt: Any) -> Any:
         ):
             x, y = 1 - np.abs(beta[chosen]), np.abs(alpha[chosen])
             axis.plot(x, y, marker, mfc="none", ms=7, label=label)
-        for name, marker in (("heavy_ball", "w"), ("tuned_momentum", "gold")):
-            rate, momentum = result[name]
-            label = f"{name.replace('_', ' ')}: {rate:.2f}, {momentum:.3f}"
-            axis.plot(1 - momentum, rate, "*", ms=16, mfc=marker, mec="k", label=label)
-        first = modes.learning_rate[0].real, modes.momentum[0].real
-        text = f"  {first[0]:.2f}, {first[1]:.3f}"
-        axis.annotate(text, (1 - first[1], first[0]), xytext=(0, -14), fontsize=8,
-                      textcoords="offset points", ha="center")  # fmt: skip
-        axis.legend(fontsize=8, loc="lower left")
-        axis.set(xlim=(1.2, 0.03), ylim=(1e-4, 20))
+        for name, color in (("heavy_ball", "w"), ("tuned_momentum", "gold")):
+            rate, decay = result[name]
+            label = f"{name.replace('_', ' ')}: {rate:.2f}, {decay:.3f}"
+            axis.plot(1 - decay, rate, "*", ms=16, mfc=color, mec="k", label=label)
+        rate, decay = alpha[0].real, beta[0].real
+        text = f"{rate:.2f}, {decay:.3f}"  # of the first mode
+        axis.text(1 - decay, rate / 2, text, fontsize=8, ha="center")
+        axis.set(xscale="log", xlabel="1 - |beta|  (longer memory to the right)")
+        axis.set(yscale="log", xlim=(1.2, 0.03), ylim=(1e-4, 20))
         axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05], ["1", "0.5", "0.2", "0.1", "0.05"])
         axis.minorticks_off()
+        axis.legend(fontsize=8, loc="lower left")
     axes[0].set_ylabel("|alpha|, learning rate of the mode")
     return figure
 
 
 def plot_7c(result: dict, plt: Any) -> Any:
     """Mean losses over the test problems: the optimizer and what is left of it."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(11, 4.4), layout="constrained", sharey=True
-    )
+    figure, axes = panels(result, plt, (11, 4.4), sharey=True)
     losses = result["curves"]["losses"]
-    momentum = losses["tuned momentum"].mean(0)
-    styles = ("k-", "C0-", "C1--", "C2:")
-    for i, axis in enumerate(axes):
-        label = f"tuned momentum: {losses['tuned momentum'].mean():.3g}"
-        axis.plot(momentum, color="goldenrod", lw=3, alpha=0.6, label=label)
-        name = result["stage"][i]
-        own = [k for k in losses if k.startswith(f"{name}:")]
-        for key, style in zip(own, styles, strict=True):
+    tuned = losses["tuned momentum"]
+    for axis, stage in zip(axes, result["stage"], strict=True):
+        label = f"tuned momentum: {tuned.mean():.3g}"
+        axis.plot(tuned.mean(0), color="goldenrod", lw=3, alpha=0.6, label=label)
+        own = [key for key in losses if key.startswith(f"{stage}:")]
+        for key, style in zip(own, ("k-", "C0-", "C1--", "C2:"), strict=True):
             label = f"{key.split(': ')[1]}: {losses[key].mean():.3g}"
             axis.plot(losses[key].mean(0), style, lw=1.5, label=label)
-        axis.set(yscale="log", xlabel="inner steps", title=_stage_title(result, i))
+        axis.set(yscale="log", xlabel="inner steps", ylim=(1e-5, 30))
         axis.legend(fontsize=8)
-        axis.set_ylim(1e-5, 30)
-    axes[0].set_ylabel(f"mean loss over {len(losses['tuned momentum'])} problems")
+    axes[0].set_ylabel(f"mean loss over {len(tuned)} problems")
     return figure
 
 
 # --- STAR under the same lens
-
-
-def compute_modes_star(data: Any, snapshots: tuple[int, ...], entries: int) -> dict:
+def compute_modes_star(args: Any) -> tuple[dict, str, dict]:
     """Learning rates of STAR's three running means of the gradient, along one run.
 
-    The shipped STAR trains the network of its own task, seed 0. At each snapshot, `entries`
-    parameters of every tensor: alpha_k of `dynamics.accumulator_rates`, divided by
-    the 1/v that STAR multiplies it by, so that Adam with a rate of beta1 reads beta1.
-    Returns quantiles (snapshots, M, 3), at 10, 50 and 90 %; nominal (M,) the part of the
-    nominal term alone, beta1 (1 - beta_k) / M; and the decays (M,).
+    The shipped STAR trains the network of its own task. Of some parameters of every tensor:
+    alpha_k of `dynamics.accumulator_rates`, divided by the 1/v that STAR multiplies it by,
+    so that Adam with a rate of beta1 reads beta1. nominal (M,) is the part of the nominal
+    term, beta1 (1 - beta_k) / M. quantiles (snapshots, M, 3) are at 10, 50 and 90 %.
     """
-    trained = load_theta(WEIGHTS / "star_fmnist.npz")
-    theta, optimizer, constants = trained
-    decays = star.effective_decays(theta, constants).momentum
-    build = partial(TASKS["fmnist"].build, data)
-    fresh, step = inner_training(build, optimizer)
-    key = jax.random.key(TEST_SEED)
+    spec = tasks.TASKS["fmnist"]
+    data, about = spec.load(args.data, args.data_dir)
+    snapshots, entries = ((10, 50), 8) if args.quick else ((10, 100, 1000, 3000), 64)
+    theta, constants = star.load_theta(WEIGHTS / "star_fmnist.npz")
+    optimizer = star_fast.learned_optimizer(constants)
+    decays = star.learned_decay(star.DECAYS, theta["momentum_decays"])
+    build, key = partial(spec.build, data), jax.random.key(TEST_SEED)
 
     @jax.jit
-    def advance(carry, first, count):
+    def advance(carry, first, last):
         def one(t, carry):
-            return step(theta, carry, jax.random.fold_in(key, t))[0]
+            step_key = jax.random.fold_in(key, t)
+            return tasks.inner_step(build, optimizer, theta, carry, step_key)[0]
 
-        return jax.lax.fori_loop(first, first + count, one, carry)
+        return jax.lax.fori_loop(first, last, one, carry)
 
-    def pick(p, i):
+    def entries_of(i, p):
         return jax.random.randint(jax.random.fold_in(key, i), (entries,), 0, p.size)
 
     @jax.jit
     def rates(carry, t):
-        task = build(key)
+        task, (params, state, _) = build(key), carry
         batch = task.batch(jax.random.fold_in(key, t), "train")
-        params, state = carry.params, carry.optimizer
-        grads = jax.grad(task.loss)(params, key, batch)
-        leaves, treedef = jax.tree.flatten(params)
-        index = treedef.unflatten([pick(p, i) for i, p in enumerate(leaves)])
-        alpha = dynamics.accumulator_rates(
-            optimizer, theta, decays, grads, state, params, index
-        )
-        _, new = optimizer.update(theta, grads, state, params)
-        v = jax.tree.map(
-            lambda r, j: jnp.sqrt(r.reshape(-1)[j] + constants.rms_eps), new.rms, index
-        )
-        both = jax.tree.map(lambda a, v: a * v[None], alpha, v)
-        return jnp.concatenate(jax.tree.leaves(both), 1)  # (M, entries of all tensors)
+        now = jax.grad(task.loss)(params, key, batch), state, params
+        leaves, tree = jax.tree.flatten(params)
+        index = tree.unflatten([entries_of(i, p) for i, p in enumerate(leaves)])
+        alpha = dynamics.accumulator_rates(optimizer, theta, decays, *now, index)
+        _, new = optimizer.update(theta, *now)
 
-    carry, done, found = fresh(key), 0, []
+        def times_v(alpha, j, tensor):
+            return alpha * jnp.sqrt(tensor.v2.reshape(-1)[j] + constants.rms_eps)[None]
+
+        scaled = jax.tree.map(times_v, alpha, index, new.tensors)
+        return jnp.concatenate(jax.tree.leaves(scaled), 1)  # (M, all entries)
+
+    carry, done, found = tasks.fresh(build, optimizer, key), 0, []
     for t in snapshots:
-        carry, done = advance(carry, done, t - done), t
+        carry, done = advance(carry, done, t), t
         found.append(np.asarray(rates(carry, jnp.int32(t))))
-        print(f"inner step {t}", flush=True)
-    found = np.array(found)  # (snapshots, M, n)
-    decays = np.asarray(decays)
-    return {
+    found, decays = np.array(found), np.asarray(decays)  # (snapshots, M, n), (M,)
+    result = {
         "inner_step": snapshots,
         "decay": decays,
         "timescale": 1 / (1 - decays),
@@ -549,6 +373,7 @@ def compute_modes_star(data: Any, snapshots: tuple[int, ...], entries: int) -> d
         "share_uphill": (found < 0).mean(-1),
         "curves": {"alpha": found},
     }
+    return result, f"STAR's running means as modes: {about['dataset']}", about
 
 
 def plot_modes_star(result: dict, plt: Any) -> Any:
@@ -558,70 +383,28 @@ def plot_modes_star(result: dict, plt: Any) -> Any:
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(alpha)))
     rng = np.random.default_rng(0)
     for s, color in enumerate(colors):
-        shift = 1.12 ** (s - (len(alpha) - 1) / 2)
-        for k, time in enumerate(times):
-            x = time * shift * np.exp(0.02 * rng.normal(size=alpha.shape[-1]))
-            label = f"inner step {result['inner_step'][s]}" if k == 0 else None
-            axis.plot(x, alpha[s, k], ".", ms=2.5, color=color, alpha=0.5)
-            middle = result["quantiles"][s, k, 1]
-            axis.plot(
-                time * shift, middle, "D", ms=7, color=color, mec="k", label=label
-            )
-    for k, time in enumerate(times):
-        label = "nominal term alone" if k == 0 else None
-        width = np.array([0.75, 1.33]) * time
-        axis.plot(width, [result["nominal"][k]] * 2, "C3", lw=1.5, label=label)
-    scale = np.abs(result["nominal"]).min()
-    axis.set_yscale("symlog", linthresh=scale / 3)
+        x = times[:, None] * 1.12 ** (s - (len(alpha) - 1) / 2)  # (M, 1)
+        around = x * np.exp(0.02 * rng.normal(size=alpha[s].shape))
+        axis.plot(around.T, alpha[s].T, ".", ms=2.5, color=color, alpha=0.5)
+        middle, label = np.median(alpha[s], 1), f"inner step {result['inner_step'][s]}"
+        axis.plot(x, middle, "D", ms=7, color=color, mec="k", label=label)
+    nominal, ends = result["nominal"], (0.75 * times, 1.33 * times)
+    axis.hlines(nominal, *ends, "C3", lw=1.5, label="nominal term alone")
+    axis.set_yscale("symlog", linthresh=np.abs(nominal).min() / 3)
     axis.axhline(0, color="0.6", lw=0.8)
-    axis.set(
-        xscale="log",
-        xlabel="timescale 1 / (1 - beta_k), inner steps",
-        ylabel="learning rate alpha_k, times v",
-    )
+    axis.set(xscale="log", xlabel="timescale 1 / (1 - beta_k), inner steps")
+    axis.set(ylabel="learning rate alpha_k, times v")
     axis.legend(fontsize=8)
     return figure
 
 
-def _gru_7(
-    args: argparse.Namespace, curves: bool, title: str
-) -> tuple[dict, str, dict]:
-    result = compute_7(args.quick, curves)
-    return result, f"GRU on linear regression: {title}", ABOUT
-
-
-def _gru_9(args: argparse.Namespace) -> tuple[dict, str, dict]:
-    return compute_9(args.quick), "mean loss over 200 steps, fresh problems", ABOUT
-
-
-def _maps(task: str, args: argparse.Namespace) -> tuple[dict, str, dict]:
-    result = compute_maps(task, size_of(task, args.quick))
-    count = result["configurations"]
-    return result, f"{TITLES[task]}: {count} configurations each", ABOUT
-
-
-def _modes_star(args: argparse.Namespace) -> tuple[dict, str, dict]:
-    spec = TASKS["fmnist"]
-    data, about = spec.load(args.data, args.data_dir)
-    snapshots, entries = ((10, 50), 8) if args.quick else ((10, 100, 1000, 3000), 64)
-    result = compute_modes_star(data, snapshots, entries)
-    return result, f"STAR's running means as modes: {about['dataset']}", about
-
-
-ABOUT = {"dataset": "drawn from its formula", "stand_in": False}
 FIGURES = {
-    "gru7a": (
-        partial(_gru_7, curves=False, title="eigenvalues at the fixed point"),
-        plot_7a,
-    ),
-    "gru7b": (
-        partial(_gru_7, curves=False, title="modes as hyperparameters"),
-        plot_7b,
-    ),
-    "gru7c": (partial(_gru_7, curves=True, title="what its modes do alone"), plot_7c),
-    "gru9": (_gru_9, plot_9),
-    "gru10": (partial(_maps, "linear_regression"), plot_maps),
-    "gru11": (partial(_maps, "rosenbrock"), plot_maps),
-    "gru12": (partial(_maps, "two_moons"), plot_maps),
-    "modes_star": (_modes_star, plot_modes_star),
+    "gru7a": (partial(compute_7, title="eigenvalues at the fixed point"), plot_7a),
+    "gru7b": (partial(compute_7, title="modes as hyperparameters"), plot_7b),
+    "gru7c": (partial(compute_7, title="what its modes do alone", keep=3), plot_7c),
+    "gru9": (compute_9, plot_9),
+    "gru10": (partial(compute_maps, task="linear_regression"), plot_maps),
+    "gru11": (partial(compute_maps, task="rosenbrock"), plot_maps),
+    "gru12": (partial(compute_maps, task="two_moons"), plot_maps),
+    "modes_star": (compute_modes_star, plot_modes_star),
 }
