@@ -9,7 +9,6 @@ by equation 1, and Adam follows it. TASKS are families of tasks, as in D.2.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 import data as datasets
 import devices
@@ -26,7 +24,6 @@ import store
 import tasks
 import train
 from companions import lopts
-from train import flag
 
 
 def several(problem: estimators.Problem, windows: Any, most: int) -> estimators.Problem:
@@ -86,19 +83,14 @@ def class_family(hidden: tuple, images: dict, key: jax.Array) -> tasks.Task:
     return tasks.classifier(draw, test, tasks.mlp(pictures.shape[2:], 5, hidden), 5)
 
 
-def by_class(split: tasks.Split) -> jax.Array:
-    """Images (10, n, h, w, C) uint8, n that of the rarest class."""
-    rows = [np.flatnonzero(np.asarray(split.labels) == c) for c in range(10)]
-    return split.images[
-        np.stack([of_class[: min(map(len, rows))] for of_class in rows])
-    ]
-
-
-def family(hidden: tuple, transform: Callable = lambda x: x) -> tasks.TaskSpec:
+def family(hidden: tuple, transform=lambda x: x) -> tasks.TaskSpec:
     def load(source="auto", data_dir=None):
-        images = datasets.fashion_mnist(source, data_dir)
-        splits = tasks.split_images(images, transform).items()
-        return {k: by_class(split) for k, split in splits}, datasets.about(images)
+        images, data = datasets.fashion_mnist(source, data_dir), {}
+        for name, split in tasks.split_images(images, transform).items():
+            rows = [np.flatnonzero(np.asarray(split.labels) == c) for c in range(10)]
+            rows = np.stack([row[: min(map(len, rows))] for row in rows])  # (10, n)
+            data[name] = split.images[rows]
+        return data, datasets.about(images)
 
     return tasks.TaskSpec(load, partial(class_family, hidden))
 
@@ -132,18 +124,22 @@ class Recipe(train.Recipe):
 
     program: ClassVar[str] = "-m companions.metz"
     presets: ClassVar[dict] = {"default": {}}
-    optimizer: str = flag("mlp", "what is meta-trained", choices=tuple(lopts.LEARNED))
-    estimator: str = flag("merged", "both gradients or one", choices=tuple(MERGES))
-    objective: str = flag("train", "which inner loss", choices=tuple(OBJECTIVES))
-    particles: int = flag(8, "N, antithetic pairs")
-    unroll: int = flag(1000, "inner steps of the last meta-gradients")
-    growth: str = flag("linear", "of the unroll, from K on", choices=tuple(GROWTHS))
-    jitter: float = flag(0.2, "share by which the unroll varies")
-    # what is no flag here
-    start_horizon: float = 1.0
-    weight_decay: float = 0.0
+    task: str = train.flag("fmnist_small", "inner problem")
+    optimizer: str = train.flag("mlp", "meta-trained", choices=tuple(lopts.LEARNED))
+    estimator: str = train.flag("merged", "gradients in use", choices=tuple(MERGES))
+    objective: str = train.flag(
+        "train",
+        "loss of a training batch before its update, or of another batch after it",
+        choices=tuple(OBJECTIVES),
+    )
+    particles: int = train.flag(8, "N, antithetic pairs")
+    unroll: int = train.flag(1000, "inner steps of the last meta-gradients")
+    growth: str = train.flag("linear", "of the unroll", choices=tuple(GROWTHS))
+    jitter: float = train.flag(0.2, "share by which the unroll varies")
+    weight_decay: float = 0.0  # the rest is no flag here
     clip_by: str = "value"
     horizons: str = "doubling"
+    start_horizon: float = 1.0
     schedule: str = "constant"
     beta3: None = None
 
@@ -154,19 +150,15 @@ def with_jitter(windows: Any, jitter: float, key: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.round(drawn), 1).astype(jnp.int32)
 
 
-def parts(recipe: Recipe, build: Callable) -> train.Parts:
-    """As `train.parts`, of this recipe."""
+def parts(recipe: Recipe, build) -> train.Parts:
+    """What the recipe is made into. build: (data, key) -> Task."""
     longest, length, horizon = recipe.unroll, recipe.truncation, recipe.horizon
-    if (
-        longest % length
-        or not length <= longest <= horizon
-        or not 0 <= recipe.jitter < 1
-    ):
-        raise store.UserError(
-            "--unroll must be whole windows, up to --horizon, and --jitter in 0 .. 1"
-        )
+    if longest % length or not length <= longest <= horizon:
+        raise store.UserError("--unroll must be whole windows, up to --horizon")
+    if not 0 <= recipe.jitter < 1:
+        raise store.UserError("--jitter must be in 0 .. 1")
     optimizer, mesh = lopts.LEARNED[recipe.optimizer], devices.mesh_of(recipe.devices)
-    _, unravel = ravel_pytree(optimizer.init_theta(jax.random.key(0)))
+    unravel = store.unravel_of(optimizer)
 
     def windows_at(step):
         return GROWTHS[recipe.growth](longest / length, step / recipe.steps)
