@@ -22,9 +22,7 @@ import numpy as np
 
 from store import UserError
 
-BATCHES = (
-    64  # drawn beforehand and gone round, so that the library's input costs nothing
-)
+BATCHES = 64  # drawn beforehand and gone round, so that its input costs nothing
 # Imported where present, else stood in for. flax, which looks for tensorflow, comes first.
 OPTIONAL = (
     "flax.training.checkpoints flax.metrics.tensorboard flax.training.prefetch_iterator "

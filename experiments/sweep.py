@@ -77,8 +77,7 @@ def ship(root: pathlib.Path, target: pathlib.Path) -> None:
     for folder in filter(finished, sorted(root.glob("*-seed*"))):
         to, path = target / folder.name, folder / "theta.npz"
         to.mkdir(parents=True, exist_ok=True)
-        theta, _ = store.read_theta(path, star.load_theta)
-        card = store.read_card(path)
+        card, theta = store.read_card(path), star.load_theta(path)[0]
         card["recipe"] |= {"out": None, "data_dir": None}  # of the machine, not the run
         save = partial(star.save_theta, theta=theta, card=card)
         store.write_atomically(to / "theta.npz", save)
