@@ -383,7 +383,8 @@ def finish(recipe, made, build, folder, about, data, state, rows) -> None:
     save_run(folder, recipe, made, about, state, card)
     figure = baselines.draw_meta_training(np.array(rows)[:, :2], card)
     store.save_figure(folder / "curve.png", figure)
-    alone = f" (nominal term alone {card['nominal_loss']:.4f})" * ("nominal" in thetas)
+    nominal = card.get("nominal_loss")
+    alone = f" (nominal term alone {nominal:.4f})" if nominal is not None else ""
     print(
         f"mean training loss over {recipe.horizon} inner steps, 3 fresh seeds: "
         f"theta {card['fresh_loss']:.4f} +- {card['fresh_loss_std']:.4f}, "
