@@ -144,7 +144,7 @@ class Recipe(train.Recipe):
     beta3: None = None
 
 
-def with_jitter(windows: Any, jitter: float, key: jax.Array) -> jax.Array:
+def windows_drawn(windows: Any, jitter: float, key: jax.Array) -> jax.Array:
     """windows times 1 +- jitter, drawn evenly, as a whole number above 0: () int32."""
     drawn = windows * (1 + jitter * jax.random.uniform(key, (), minval=-1.0))
     return jnp.maximum(jnp.round(drawn), 1).astype(jnp.int32)
@@ -176,7 +176,7 @@ def parts(recipe: Recipe, build) -> train.Parts:
         def inner_step(theta, carry, key):
             return one(member, optimizer, unravel(theta), carry, key)
 
-        windows = with_jitter(windows_at(step), recipe.jitter, key)
+        windows = windows_drawn(windows_at(step), recipe.jitter, key)
         most = math.ceil(longest / length * (1 + recipe.jitter))
         problem = estimators.unroll(start, inner_step, length, limit)
         problem = several(problem, windows, most)

@@ -420,18 +420,24 @@ def test_objective_is_the_loss_after_the_update(name, split, task):
     assert loss == pytest.approx(float(expected)) and loss != before
 
 
-def test_unroll_grows_and_varies_as_told():
-    """From 1 to 32 windows over the meta-steps: halfway 16.5, or the root of 32, or 32. By
-    a jitter of 20 %, 100 windows are evenly between 80 and 120; never less than one."""
+def test_unroll_grows_as_told():
+    """From 1 to 32 windows over the meta-steps: halfway 16.5, or the root of 32, or 32."""
     expected = {"linear": [1, 16.5, 32], "log": [1, 32**0.5, 32], "constant": [32] * 3}
     for name, windows in expected.items():
         assert [metz.GROWTHS[name](32, x) for x in (0, 0.5, 1)] == pytest.approx(
             windows
         )
-    drawn = jax.vmap(partial(metz.with_jitter, 100, 0.2))(jax.random.split(KEY, 500))
+
+
+def test_jitter_varies_the_unroll_within_its_share():
+    """+-20 % of 100 windows: evenly between 80 and 120, by the key; never less than one."""
+    drawn = jax.vmap(partial(metz.windows_drawn, 100, 0.2))(jax.random.split(KEY, 500))
     assert drawn.min() in (80, 81) and drawn.max() in (119, 120)
     assert abs(float(drawn.mean()) - 100) < 6 * 40 / 12**0.5 / 500**0.5
-    assert metz.with_jitter(100, 0.0, KEY) == 100 and metz.with_jitter(1, 0.9, KEY) >= 1
+    assert (
+        metz.windows_drawn(100, 0.0, KEY) == 100
+        and metz.windows_drawn(1, 0.9, KEY) >= 1
+    )
 
 
 def test_family_of_tasks_draws_its_classes(use_stand_in):
