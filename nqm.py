@@ -300,7 +300,7 @@ def check(h: np.ndarray, p: np.ndarray, alpha: float) -> str:
         alphas = (np.linspace(0, 2 * len(h), 4001) - np.trace(p @ h)) / np.trace(h)
         radii = [spectral_radius(system(nominal_plus(p, x), h).a) for x in alphas]
         best = f"{min(radii):.4g} at alpha = {alphas[np.argmin(radii)]:.4g}"
-        mend = f"P is not symmetric    (9), (10) do not suffice; least radius {best}"
+        mend = f"P is not symmetric    no bound applies; least radius {best}"
     return f"""\
 eigenvalues of H      {np.linalg.eigvalsh(h).round(4)}
 eigenvalues of P      {of_p.round(4)}

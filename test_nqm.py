@@ -321,9 +321,8 @@ def test_lemma_5_printed_step_is_false():
     assert norm(a) == pytest.approx(1.160, abs=1e-3)
     h, swap = np.diag([100.0, 1.0]), np.array([[0.0, 1.0], [1.0, 0.0]])
     u = nqm.power(h, -0.5) @ (np.eye(2) - 0.999 * swap) @ nqm.power(h, -0.5)
-    a = system(u, h).a
-    assert np.allclose(u, u.T) and spectral_radius(a) == pytest.approx(0.999)
-    assert norm(a) == pytest.approx(9.99)
+    assert spectral_radius(a := system(u, h).a) == pytest.approx(0.999)
+    assert np.allclose(u, u.T) and norm(a) == pytest.approx(9.99)
 
 
 def test_meta_loss_falls_with_the_horizon():
@@ -345,9 +344,10 @@ def test_command_explains_the_counterexample(capsys):
         "spectral radius       1.878: UNSTABLE",
         "Theorem 1, (9)        0 <= 0.5: holds",
         "Theorem 1, (10)       0.6 <= 1.36: holds",
-        "P is not symmetric    (9), (10) do not suffice; "
-        "least radius 0.06042 at alpha = 1.916",
+        "P is not symmetric    no bound applies; least radius 0.06042 at alpha = 1.916",
     ]
+    ends = nqm.check(np.eye(2), np.diag([0.0, 2.0]), 0.0)  # both bounds met exactly
+    assert ends.count("holds") == 2 and "1: UNSTABLE" in ends
 
 
 @given(seeds, st.floats(-1, 1))
