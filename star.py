@@ -113,7 +113,8 @@ def init_tensor(p: Any) -> TensorState:
         raise TypeError(f"STAR updates real floating-point arrays, not {dtype}")
     zero = jnp.zeros(jnp.shape(p), jnp.float32)
     row, col = rows_and_columns(zero)
-    return TensorState(m=(zero,) * 3, v2=zero, row=(row,) * 3, col=(col,) * 3)
+    state = TensorState(m=(zero,) * 3, v2=zero, row=(row,) * 3, col=(col,) * 3)
+    return jax.tree.map(jnp.copy, state)  # one buffer each, so that it can be donated
 
 
 def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
