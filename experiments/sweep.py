@@ -22,6 +22,7 @@ import star
 import store
 import train
 from experiments.catalogue import TASKS
+from experiments.train import Recipe
 
 STAR = ("--optimizer", "star_small_beta3", "--weight-decay")
 # Section 5.3, appendices B.2 and C.2. Without the nominal term beta3 stays STAR's.
@@ -96,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = root / f"{name}-seed{seed}"
         print(f"run {i + 1} of {len(runs)}: {folder}", flush=True)
         command = [*rest, *VARIANTS[name], "--seed", str(seed), "--out", str(folder)]
-        recipe = train.parse(command, known=TASKS)
+        recipe = train.parse(command, Recipe, TASKS)
         if finished(folder):
             refuse_other_recipe(folder, recipe)
             print("finished before", flush=True)
             continue
         if (folder / "checkpoint.npz").exists():  # which knows where the run began
             command += ["--resume", "--init="]
-        if code := train.main(command, tasks=TASKS):
+        if code := train.main(command, Recipe, TASKS):
             return code
     if args.ship:
         ship(root, pathlib.Path(args.ship))
