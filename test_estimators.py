@@ -122,8 +122,7 @@ def smoothed_gradients(name, sigma):
     if thetas.ndim == 2:
         x, w = np.stack(np.meshgrid(x, x), 2).reshape(-1, 2), np.outer(w, w).ravel()
     with jax.enable_x64(True):
-        at = thetas[:, None] + sigma * x
-        values = jax.jit(jax.vmap(jax.vmap(gradient)))(at)
+        values = jax.jit(jax.vmap(jax.vmap(gradient)))(thetas[:, None] + sigma * x)
     return np.einsum("n,tn...->t...", w, values)
 
 
@@ -169,8 +168,7 @@ def test_truncated_estimators_are_biased_by_the_predicted_amount():
     s before. Backpropagation does so without any noise, and from one run."""
     for samples in gradients(TRUNCATED, 0, ONE, 4):
         assert_mean(samples, 2.0)
-    pair = estimators.truncated_bptt(line(3), 4)
-    grads, state, metrics = history(pair, KEY, ONE, 6)
+    grads, state, metrics = history(estimators.truncated_bptt(line(3), 4), KEY, ONE, 6)
     np.testing.assert_allclose(grads, 2.0, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], [2, 5, 8, 11, 2, 5], rtol=1e-6)
     assert state.window.tolist() == [1, 2, 3, 4, 1, 2]
