@@ -1,113 +1,258 @@
-"""Apply trained thetas and compare: python eval.py --task fmnist
+"""A trained theta against tuned baselines on one task: python eval.py --task fmnist
 
-Trains the task's network from scratch with each theta and with hand-designed baselines at
-their tuned settings (tuned.json; searched here where there are none), on the same fresh
-seeds. Writes results.json, table.csv, curves.csv and curves.png, prints the table.
-`--task small` or `full` goes through the sixteen tasks of that suite, resumes where it was
-interrupted, and draws an overview.
+Trains the task's network from scratch with each theta, and with Adam, NAdamW and momentum
+at their tuned settings. All of them get the same fresh seeds. Prints a table, and writes
+results.json, table.csv, curves.csv and curves.png.
 """
 
 import argparse
+import csv
+import io
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
-from baselines import BASELINES
-from experiments import comparison
-from figures import star_runs as figures_star
-from inner import thinning
-from store import Arguments, UserError, only_run_in, run_command, save_json
-from tasks import SUITES, TASKS
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import star
+import star_fast
+import store
+from baselines import BASELINES, LEARNING_RATES, Curves, as_theta, curves, ema
+from tasks import TASKS
+
+ROOT = pathlib.Path(__file__).resolve().parent
+WEIGHTS, TUNED = ROOT / "weights", ROOT / "experiments" / "tuned.json"
+EVALUATION_SEED = 20_000  # apart from the usual --seed of a meta-training
+SEARCH_SEED = 30_000
+FINAL = 200  # inner steps at the end whose mean is the final loss
+SMOOTHING = 0.98  # per inner step, of the curves as drawn (appendix B.2)
 
 
-def evaluate(
-    args: argparse.Namespace, request: comparison.Request, folder: pathlib.Path
-) -> int:
-    if args.task in SUITES:
-        names, drawn = SUITES[args.task], figures_star.save_task
-        results = comparison.on_tasks(names, request, folder, drawn=drawn)
-        figures_star.save_tasks(folder, results, f"suite {args.task}")
+class Entry(NamedTuple):
+    """What an optimizer did on a task."""
+
+    settings: dict  # "name", "optimizer", and which theta or hyperparameters it had
+    row: dict  # its line of the table
+    losses: np.ndarray  # (seeds, steps), of the training batches, in nats
+
+
+def trained(path: str | pathlib.Path) -> tuple[dict, star.LearnedOptimizer, dict]:
+    """(settings, optimizer, theta) of the STAR in the file; UserError where none is."""
+    theta, constants = store.read_theta(path, star.load_theta)
+    path, card = pathlib.Path(path), store.read_card(path)
+    stem = path.resolve().parent.name if path.stem == "theta" else path.stem
+    name = f"{card.get('optimizer', 'star')} ({stem})"
+    horizon = card.get("recipe", {}).get("horizon")  # inner steps of its meta-training
+    settings = {"name": name, "optimizer": name, "horizon": horizon}
+    return settings, star_fast.learned_optimizer(constants), theta
+
+
+def best_theta(task: str) -> pathlib.Path:
+    """The STAR in weights/ with the lowest loss on its card for the task, or for fmnist."""
+    cards = {path: store.read_card(path) for path in WEIGHTS.glob("star*.npz")}
+
+    def rank(path):
+        made_for, loss = cards[path]["task"], cards[path]["fresh_loss"]
+        return made_for != task, made_for != "fmnist", loss
+
+    return min(cards, key=rank)
+
+
+def baseline(name: str, task: str, steps: int, build: Callable, data: Any, about: dict):
+    """Like `trained`: as experiments/tuned.json has it for the task and these very data.
+
+    The setting comes from runs of `steps` if there are any; its schedule is stretched to
+    `steps`. Where the file has none, each learning rate runs once, on a seed of its own.
+    """
+    asked = {"task": task, "optimizer": name}
+    asked |= {"dataset_checksum": about["dataset_checksum"]}
+    found = [r for r in json.loads(TUNED.read_text()) if asked.items() <= r.items()]
+    if found := [r for r in found if r["theta"] is not None]:
+        best = max(found, key=lambda r: (r["steps"] == steps, r["steps"]))
     else:
-        found = comparison.on_task(args.task, request, folder, resume=False)
-        figures_star.save_task(folder, args.task, *found)
-        results = {args.task: found}
-    table = []
-    for task, (entries, about) in results.items():
-        lines = comparison.rows(entries, task, about["dataset"])
-        print(
-            f"\n{task}, {args.steps} inner steps, {args.seeds} seeds, {about['dataset']}"
-        )
-        comparison.print_table(lines)
-        table += lines
-    if args.task in SUITES:
-        comparison.save_table(folder / "table.csv", table)
-        save_json(folder / "results.json", {"arguments": vars(args), "rows": table})
-        print()
-        comparison.print_table(comparison.summary(table))
+        n = min(steps, 2000)
+        print(f"  {name} is not tuned for these data: {n} steps at each learning rate")
+        rates = [{"learning_rate": rate} for rate in LEARNING_RATES]
+        keys, thetas = jax.random.key(SEARCH_SEED)[None], [as_theta(x) for x in rates]
+        losses = curves(build, data, BASELINES[name], thetas, keys, n).losses[:, 0]
+        last = losses[:, -max(1, n // 10) :].mean(1)  # (rates, steps) -> (rates,)
+        last = np.where(np.isfinite(losses).all(1), last, np.inf)
+        best = {"theta": rates[last.argmin()], "loss": float(last.min()), "steps": n}
+    theta = best["theta"]
+    label = f"{name} {theta['learning_rate']:g}" if len(theta) == 1 else name
+    settings = {"name": label, "optimizer": name, "tuned": best}
+    theta = as_theta(theta | {"steps": steps} if "steps" in theta else theta)
+    return settings, BASELINES[name], theta
+
+
+def counter(name: str, steps: int) -> Callable:
+    """For `curves(report=)`: counts inner steps on one line of the terminal."""
+    return lambda done: print(f"\r  {name}: {done}/{steps} ", end="", flush=True)
+
+
+def compare(task: str, args: argparse.Namespace, thetas: Iterable[tuple], tasks: dict):
+    """(entries, about the data): thetas and baselines on the task, on the same seeds."""
+    build, (data, about) = tasks[task].build, tasks[task].load(args.data, args.data_dir)
+    keys = jax.random.split(jax.random.key(EVALUATION_SEED), args.seeds)
+    setting = task, args.steps, build, data, about
+    rivals = (baseline(name, *setting) for name in args.baselines)
+    entries, final_of = [], {}
+    for settings, optimizer, theta in (*thetas, *rivals):
+        run = partial(curves, build, data, optimizer, [theta], keys, args.steps)
+        found = run(report=counter(settings["name"], args.steps))
+        print(f"in {found.seconds:.1f} s", flush=True)
+        line = {"task": task, "dataset": about["dataset"], "name": settings["name"]}
+        line |= {"optimizer": settings["optimizer"], **row(found)}
+        final_of[line["optimizer"]] = line["final_loss"]
+        entries.append(Entry(settings, line, found.losses[0]))
+    for entry in entries:
+        for name in args.baselines:
+            ours, theirs = entry.row["final_loss"], final_of[name]
+            entry.row[f"final_over_{name}"] = ours / theirs if ours and theirs else None
+    return entries, about
+
+
+def final(losses: np.ndarray) -> np.ndarray:
+    """(seeds, steps) -> (seeds,): mean over the last `FINAL` inner steps."""
+    return losses[:, -FINAL:].mean(1)
+
+
+def diverged(losses: np.ndarray) -> np.ndarray:
+    """(seeds, steps) -> (seeds,): nan or inf anywhere, or at the end above the start."""
+    return ~np.isfinite(losses).all(1) | ~(final(losses) <= losses[:, :10].mean(1))
+
+
+def row(run: Curves) -> dict:
+    """Means and standard deviations over the seeds that did not diverge, of one theta."""
+    losses = run.losses[0]
+    values = {"mean_loss": losses.mean(1), "final_loss": final(losses)}
+    values |= {name: test[0] for name, test in run.test.items()}
+    lost, line = diverged(losses), {}
+    for name, x in values.items():
+        kept = x[~lost]
+        line[name] = float(kept.mean()) if len(kept) else None
+        line[f"{name}_std"] = float(kept.std(ddof=1)) if len(kept) > 1 else None
+    seconds = 1000 * run.seconds / losses.size
+    return line | {"diverged": f"{lost.sum()}/{len(lost)}", "s_per_1000_steps": seconds}
+
+
+def print_table(lines: list[dict], hidden: tuple = ("task", "dataset", "optimizer")):
+    """Columns as wide as they need; mean +- standard deviation over the seeds."""
+    names = [name for line in lines for name in line if not name.endswith("_std")]
+    names = [name for name in dict.fromkeys(names) if name not in hidden]
+
+    def cell(line, name):
+        value, spread = line.get(name), line.get(f"{name}_std")
+        if not isinstance(value, float):
+            return "-" if value is None else str(value)
+        return f"{value:.4f}" + ("" if spread is None else f" +-{spread:.4f}")
+
+    cells = [names, *([cell(line, name) for name in names] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for texts in cells:
+        print("  ".join(text.rjust(n) for text, n in zip(texts, widths, strict=True)))
+
+
+def save_table(path: pathlib.Path, lines: list[dict]) -> None:
+    """A .csv whose columns are all names that occur."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    text, rows = io.StringIO(), [[line.get(name) for name in names] for line in lines]
+    csv.writer(text).writerows([names, *rows])
+    store.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def save(folder: pathlib.Path, asked: dict, entries: list[Entry], about: dict) -> None:
+    """All files of a task. results.json comes last: it says that the others are there."""
+    seeds = range(len(entries[0].losses))
+    names = [f"{e.settings['name']} seed {seed}" for e in entries for seed in seeds]
+    losses = np.concatenate([entry.losses for entry in entries])  # (runs, steps)
+    table = np.column_stack([np.arange(1, losses.shape[1] + 1), losses.T])
+    store.write_csv(folder / "curves.csv", ["step", *names], table)
+    save_table(folder / "table.csv", [entry.row for entry in entries])
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, entries, f"{asked['task']}, {len(seeds)} seed(s)\n{about['dataset']}")
+    axes.set(xlabel="inner steps", ylabel="training loss (EMA 0.98)")
+    axes.legend(fontsize=8)
+    store.save_figure(folder / "curves.png", figure)
+    described = [{"row": entry.row, "settings": entry.settings} for entry in entries]
+    results = {"arguments": asked, **about, "entries": described}
+    store.save_json(folder / "results.json", results)
+
+
+def limit_y(axes: Any, lines: list[np.ndarray], top: float = 99.5) -> None:
+    """A log axis for what the curves (..., points) do after their first 2 %."""
+    late = np.concatenate([v[..., v.shape[-1] // 50 :].ravel() for v in lines])
+    late = late[np.isfinite(late) & (late > 1e-4)]
+    axes.set(yscale="log")
+    matplotlib.rcParams["axes.formatter.min_exponent"] = 3  # 0.3, not 3 x 10^-1
+    if late.size:
+        axes.set_ylim(0.9 * late.min(), 1.1 * np.percentile(late, top))
+
+
+def draw(axes: Any, entries: list[Entry], title: str) -> None:
+    """Training curves on one task: EMA 0.98, a band over the seeds; horizons dashed."""
+    smooth = [ema(entry.losses, SMOOTHING) for entry in entries]
+    x = np.arange(1, smooth[0].shape[1] + 1)
+    for i, (entry, lines) in enumerate(zip(entries, smooth, strict=True)):
+        axes.plot(x, lines.mean(0), f"C{i}", label=entry.settings["name"], lw=1.3)
+        axes.fill_between(x, lines.min(0), lines.max(0), color=f"C{i}", alpha=0.2, lw=0)
+        if (horizon := entry.settings.get("horizon") or np.inf) <= len(x):
+            axes.axvline(horizon, color="k", ls="--", lw=1)
+    limit_y(axes, smooth)
+    axes.set_title(title, fontsize=9)
+    if len(x) > 5000:
+        axes.set(xscale="log", xlim=(100, 1.05 * len(x)))
+
+
+def parse(argv: Any = None, names: Iterable[str] = TASKS, doc: str = __doc__):
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = store.Arguments(description=doc, formatter_class=shape)
+    task = {"default": "fmnist", "choices": tuple(names), "metavar": "NAME"}
+    parser.add_argument("--task", help=f"default fmnist; of {', '.join(names)}", **task)
+    return parse_comparison(parser, argv)
+
+
+def parse_comparison(parser: argparse.ArgumentParser, argv: Any, steps: Any = 2000):
+    """The flags that every comparison has, beside those that the parser has already."""
+    add = parser.add_argument
+    add("--theta", action="append", help="theta.npz of a STAR; may be given again")
+    add("--steps", type=int, default=steps, help="inner steps; default %(default)s")
+    add("--seeds", type=int, default=3, help="fresh seeds; default 3")
+    text = ",".join(BASELINES)
+    add("--baselines", default=text, help="default %(default)s; '' for none")
+    add("--data", default="auto", choices=("real", "stand-in", "auto"))
+    add("--data-dir", help="folder that holds the data set")
+    add("--out", help="folder for the results; default in runs/")
+    args = parser.parse_args(argv)
+    args.baselines = [name for name in args.baselines.split(",") if name]
+    if unknown := set(args.baselines) - set(BASELINES):
+        raise store.UserError(f"no baseline {', '.join(unknown)}, only {text}")
+    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
+        raise store.UserError("--steps and --seeds must be at least 1")
+    return args
+
+
+def main(argv: Any = None, tasks: dict = TASKS) -> int:
+    args = parse(argv, tasks)
+    args.theta = args.theta or [str(best_theta(args.task))]
+    thetas = [trained(path) for path in args.theta]
+    folder = pathlib.Path(args.out or f"runs/eval-{args.task}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.only_run_in(folder):
+        entries, about = compare(args.task, args, thetas, tasks)
+        save(folder, vars(args), entries, about)
+    print(f"\n{args.steps} inner steps, {args.seeds} seeds, {about['dataset']}")
+    print_table([entry.row for entry in entries])
     print(f"results in {folder}")
     return 0
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--theta",
-        action="append",
-        help="theta.npz, may be given several times; default: the best one in weights/",
-    )
-    add("--task", default="fmnist", help=f"one of {', '.join((*SUITES, *TASKS))}")
-    add("--steps", type=int, default=2000, help="inner steps (default 2000)")
-    add("--seeds", type=int, default=3, help="fresh seeds (default 3)")
-    add(
-        "--baselines",
-        default="adam,nadamw,sgdm",
-        help=f"comma-separated, of {', '.join(BASELINES)}; '' for none",
-    )
-    add("--data", default="auto", choices=("real", "stand-in", "auto"))
-    add("--data-dir", help="folder that holds the data set")
-    add("--out", help="folder for the results; default runs/eval-TASK")
-    args = parser.parse_args(argv)
-    args.baselines = [name for name in args.baselines.split(",") if name]
-    unknown = [name for name in args.baselines if name not in BASELINES]
-    if unknown:
-        raise UserError(
-            f"unknown baseline {unknown[0]!r}: one of {', '.join(BASELINES)}"
-        )
-    if args.task not in (*SUITES, *TASKS):
-        known = ", ".join((*SUITES, *TASKS))
-        raise UserError(f"unknown task {args.task!r}: one of {known}")
-    for name in ("steps", "seeds"):
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
-            raise UserError(f"--{name} must be in 1 .. 2^31 - 1")
-    thinning(args.steps)  # refused before anything is written
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    folder = pathlib.Path(args.out or f"runs/eval-{args.task}")
-    if args.theta is None:
-        args.theta = [str(comparison.best_theta(args.task))]
-    for path in args.theta or ():
-        comparison.trained(path)  # a bad file is refused before anything is written
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    with only_run_in(folder):
-        request = comparison.Request(
-            thetas=tuple(args.theta),
-            baselines=tuple(args.baselines),
-            seeds=args.seeds,
-            steps=args.steps,
-            source=args.data,
-            data_dir=args.data_dir,
-        )
-        return evaluate(args, request, folder)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("eval.py", main))
+    sys.exit(store.run_command("eval.py", main))

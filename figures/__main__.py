@@ -1,33 +1,32 @@
-"""Figures by name: a `compute_*` that returns arrays and a `plot_*` that draws them.
+"""Figures by name: `python -m figures NAME` writes NAME.png and NAME.json.
 
-`python -m figures NAME` writes NAME.png and NAME.json. FIGURES maps NAME to (compute: args
-of the command line -> result, title, about; plot: result, pyplot -> figure). What a result
-holds under "curves" is drawn, not written.
+FIGURES maps NAME to (compute: args of the command line -> result, title, about; plot:
+result, pyplot -> figure). What a result holds under "curves" is drawn, not written.
 """
 
 import argparse
-import json
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
+import eval as evaluation
 import star
-from baselines import BASELINES, with_beta3
-from experiments import comparison
-from figures import maheswaranathan as figures_dynamics
-from figures import metz_chaos as figures_metz
-from figures import metz_estimators as figures_estimators
-from figures import metz_truncation as figures_truncation
-from figures import stability as figures_nqm
-from figures import star_learned as figures_learned
-from figures import star_runs as figures_star
-from inner import curves
-from store import Arguments, UserError, only_run_in, run_command, save_figure, save_json
+import star_fast
+import store
+from baselines import curves
+from figures import (
+    maheswaranathan,
+    metz_chaos,
+    metz_estimators,
+    metz_truncation,
+    stability,
+    star_learned,
+    star_runs,
+)
 from tasks import TASKS
 
 BETA3 = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0)
@@ -39,15 +38,16 @@ def compute_betas(build: Any, data: Any, steps: int, theta_seeds: int) -> dict:
     Returns mean_loss (beta3, theta seeds) over the first `steps` inner steps, in nats and
     unclipped, and curves (beta3, theta seeds, steps).
     """
+
+    def update(theta, *asked):  # beta3 is part of theta: all of them in one program
+        constants = star.PAPER._replace(beta3=theta["beta3"])
+        return star_fast.learned_optimizer(constants).update(theta["theta"], *asked)
+
     keys = jax.random.split(jax.random.key(0), theta_seeds)
-    thetas = [star.PRESETS["star"].init_theta(key) for key in keys]
+    thetas = [star.init_theta(key, star.PAPER) for key in keys]
+    both = [{"theta": x, "beta3": np.float32(beta3)} for beta3 in BETA3 for x in thetas]
+    optimizer = star_fast.PRESETS["star"]._replace(update=update)
     run_key = jax.random.split(jax.random.key(1), 1)
-    both = [
-        {"theta": theta, "beta3": np.float32(beta3)}
-        for beta3 in BETA3
-        for theta in thetas
-    ]
-    optimizer = with_beta3(star.Constants())
     losses = curves(build, data, optimizer, both, run_key, steps).losses[:, 0]
     losses = losses.reshape(len(BETA3), theta_seeds, steps)
     return {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
@@ -56,125 +56,75 @@ def compute_betas(build: Any, data: Any, steps: int, theta_seeds: int) -> dict:
 def plot_betas(result: dict, plt: Any) -> Any:
     """Left: the loss over inner time. Right: its mean against beta3, a dot per theta."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for i, (beta3, losses) in enumerate(zip(BETA3, result["curves"], strict=True)):
-        for s, loss in enumerate(losses):
-            label = f"beta3 = {beta3:g}" if s == 0 else None
-            left.plot(np.arange(1, len(loss) + 1), loss, f"C{i}", lw=0.8, label=label)
-        right.plot([max(beta3, 1e-8)] * len(losses), result["mean_loss"][i], f"C{i}o")
-    left.set(
-        xlabel="inner steps", ylabel="training loss (nats)", yscale="log", xscale="log"
-    )
-    left.legend(fontsize=8)
-    ticks = [max(beta3, 1e-8) for beta3 in BETA3]
-    right.set(
-        xlabel="beta3", ylabel="mean training loss (nats)", xscale="log", yscale="log"
-    )
-    right.set_xticks(ticks, [f"{beta3:g}" for beta3 in BETA3])
+    ticks, labels = [max(b, 1e-8) for b in BETA3], [f"{b:g}" for b in BETA3]
+    for i, losses in enumerate(result["curves"]):
+        x = np.arange(1, losses.shape[1] + 1)
+        left.plot(x, losses[0], f"C{i}", lw=0.8, label=f"beta3 = {labels[i]}")
+        left.plot(x, losses[1:].T, f"C{i}", lw=0.8)
+        right.plot([ticks[i]] * len(losses), result["mean_loss"][i], f"C{i}o")
     right.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
-    right.legend(fontsize=8)
+    for axes, name in ((left, "inner steps"), (right, "beta3")):
+        axes.set(xlabel=name, xscale="log", yscale="log")
+        axes.legend(fontsize=8)
+    right.set_xticks(ticks, labels)
+    left.set(ylabel="training loss (nats)")
+    right.set(ylabel="mean training loss (nats)")
     return figure
 
 
-def _betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
-    name = "fmnist_small" if args.quick else "fmnist"
+def figure_betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
+    name, steps = ("fmnist_small", 100) if args.quick else ("fmnist", 500)
     data, about = TASKS[name].load(args.data, args.data_dir)
-    steps = 100 if args.quick else 500
     result = compute_betas(TASKS[name].build, data, steps, theta_seeds=3)
-    title = f"STAR with an untrained network, {name}"
-    return result, f"{title}: {about['dataset']}", about
+    return result, f"STAR with an untrained network, {name}: {about['dataset']}", about
 
 
-FIGURES = {
-    "betas": (_betas, plot_betas),
-    **figures_star.FIGURES,
-    **figures_nqm.FIGURES,
-    **figures_metz.FIGURES,
-    **figures_truncation.FIGURES,
-    **figures_estimators.FIGURES,
-    **figures_dynamics.FIGURES,
-    **figures_learned.FIGURES,
-}
+FIGURES = {"betas": (figure_betas, plot_betas), **star_runs.FIGURES}
+FIGURES |= star_learned.FIGURES | stability.FIGURES | metz_chaos.FIGURES
+FIGURES |= metz_truncation.FIGURES | metz_estimators.FIGURES | maheswaranathan.FIGURES
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
     """Nested lists and dicts, with None for nan and inf, which JSON does not have."""
-    if values is None or isinstance(values, str):
-        return values
     if isinstance(values, dict):
-        return {name: _finite(v) for name, v in values.items()}
+        return {name: finite(v) for name, v in values.items()}
     if np.ndim(values):
-        return [_finite(v) for v in values]
-    return float(values) if np.isfinite(values) else None
+        return [finite(v) for v in values]
+    known = isinstance(values, str) or values is None
+    return values if known else float(values) if np.isfinite(values) else None
 
 
-def draw(args: argparse.Namespace, folder: Any) -> int:
-    """Compute, print, save and plot args.figure; args as `parse` gives them."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def parse(argv: Any = None) -> argparse.Namespace:
+    parser = store.Arguments("python -m figures", description=__doc__)
+    add, names = parser.add_argument, ", ".join(FIGURES)
+    add("figure", choices=tuple(FIGURES), metavar="NAME", help=f"one of {names}")
+    add("--quick", action="store_true", help="a small form of the figure, in seconds")
+    add("--full", action="store_true", help="figures 4, app5, app6: at full size")
+    text = "figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it"
+    add("--literal-alpha", action="store_true", help=text)
+    text = "figures 3, app1-4: folder of sweep's runs (default weights/fig3)"
+    add("--runs", default=str(evaluation.WEIGHTS / "fig3"), help=text)
+    return evaluation.parse_comparison(parser, argv, steps=None)
 
-    name, quick = args.figure, args.quick
-    compute, plot = FIGURES[name]
-    result, title, about = compute(args)
-    summary = _finite({k: v for k, v in result.items() if k != "curves"})
-    report = {"title": title, "quick": quick, **about, **summary}
-    save_json(folder / f"{name}.json", report)
-    figure = plot(result, plt)
-    figure.suptitle(title)
-    save_figure(folder / f"{name}.png", figure, dpi=150)
-    plt.close(figure)
-    print(json.dumps(report, indent=1))
+
+def main(argv: Any = None) -> int:
+    args = parse(argv)
+    name, (compute, plot) = args.figure, FIGURES[args.figure]
+    folder = pathlib.Path(args.out or f"runs/figure-{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.only_run_in(folder):
+        result, title, about = compute(args)
+        summary = finite({k: v for k, v in result.items() if k != "curves"})
+        report = {"title": title, "quick": args.quick, **about, **summary}
+        store.save_json(folder / f"{name}.json", report)
+        figure = plot(result, plt)
+        figure.suptitle(title)
+        store.save_figure(folder / f"{name}.png", figure)
+        plt.close(figure)
+    print((folder / f"{name}.json").read_text(), end="")
     print(f"figure in {folder / f'{name}.png'}")
     return 0
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(
-        prog="python -m figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    names = ", ".join(FIGURES)
-    add("figure", choices=tuple(FIGURES), metavar="NAME", help=f"one of {names}")
-    add("--quick", action="store_true", help="a small form of the figure, in seconds")
-    add("--full", action="store_true", help="figures 4, app5, app6: at full size")
-    add(
-        "--literal-alpha",
-        action="store_true",
-        help="figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it, "
-        "not c times the stable limit 2 / lambda_max(H)",
-    )
-    add(
-        "--runs",
-        default=str(comparison.WEIGHTS / "fig3"),
-        help="figures 3, app1-4: folder of sweep's runs (default weights/fig3)",
-    )
-    add("--theta", action="append", help="figures learned, 4, app5, app6: a theta.npz")
-    add("--steps", type=int, help="inner steps, where the figure has a choice")
-    add("--seeds", type=int, default=3, help="fresh seeds (default 3)")
-    add("--baselines", default="adam,nadamw,sgdm", help="comma-separated")
-    add("--data", default="auto", choices=("real", "stand-in", "auto"))
-    add("--data-dir", help="folder that holds the data set")
-    add("--out", help="folder for the figure; default runs/figure-NAME")
-    args = parser.parse_args(argv)
-    args.baselines = [name for name in args.baselines.split(",") if name]
-    if unknown := [name for name in args.baselines if name not in BASELINES]:
-        raise UserError(f"unknown baseline {unknown[0]!r}")
-    for name in ("steps", "seeds"):
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
-            raise UserError(f"--{name} must be in 1 .. 2^31 - 1")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    for path in args.theta or ():
-        comparison.trained(path)  # a bad file is refused before anything is written
-    folder = pathlib.Path(args.out or f"runs/figure-{args.figure}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_run_in(folder):
-        return draw(args, folder)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("figures", main))
+    sys.exit(store.run_command("figures", main))
