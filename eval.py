@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,9 +92,16 @@ def baseline(name: str, task: str, steps: int, build: Callable, data: Any, about
     return settings, BASELINES[name], theta
 
 
-def counter(name: str, steps: int) -> Callable:
-    """For `curves(report=)`: counts inner steps on one line of the terminal."""
-    return lambda done: print(f"\r  {name}: {done}/{steps} ", end="", flush=True)
+def counter(name: str, steps: int, seeds: int) -> Callable:
+    """For `curves(report=)`: inner steps done, rate and time left, on one line."""
+    begun = time.perf_counter()
+
+    def report(done):
+        rate = done / (time.perf_counter() - begun)
+        left = f"{rate * seeds:.0f} steps/s, {store.clock((steps - done) / rate)} left"
+        print(f"\r  {name}: {done}/{steps}, {left} ", end="", flush=True)
+
+    return report
 
 
 def compare(task: str, args: argparse.Namespace, thetas: Iterable[tuple], tasks: dict):
@@ -105,7 +113,7 @@ def compare(task: str, args: argparse.Namespace, thetas: Iterable[tuple], tasks:
     entries, final_of = [], {}
     for settings, optimizer, theta in (*thetas, *rivals):
         run = partial(curves, build, data, optimizer, [theta], keys, args.steps)
-        found = run(report=counter(settings["name"], args.steps))
+        found = run(report=counter(settings["name"], args.steps, args.seeds))
         print(f"in {found.seconds:.1f} s", flush=True)
         line = {"task": task, "dataset": about["dataset"], "name": settings["name"]}
         line |= {"optimizer": settings["optimizer"], **row(found)}
