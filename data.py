@@ -281,7 +281,7 @@ SILHOUETTES = """
 def stand_in_images(data_set: DataSet, sizes: tuple | None = None) -> Images:
     """`Images` drawn in place of `data_set`; sizes: pictures to train and to test.
 
-    The silhouette tells the class.  Of a hundred classes, the colour tells the tens.
+    The silhouette is the last digit of the class, the colour the first or the next.
     """
     rng, arrays, classes = np.random.RandomState(0), [], data_set.classes
     for n in sizes or data_set.sizes:
@@ -314,7 +314,7 @@ def draw(rng, shape, labels, classes) -> np.ndarray:
     if len(shape) == 2:
         return cloth.astype(np.uint8)
     ground = (some(0, 256) + noise).clip(0, 255) * ~shown  # grey, behind
-    colour = labels // 10 if classes == 100 else rng.randint(10, size=len(labels))
+    colour = (labels // (classes // 10) + rng.randint(2, size=len(labels))) % 10
     palette = np.random.RandomState(1).randint(40, 256, (10, 3), np.int32)
     dyed = cloth[..., None] * palette[colour][:, None, None] // 256  # (n, h, w, 3)
     return (dyed + ground[..., None]).astype(np.uint8)
