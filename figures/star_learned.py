@@ -135,11 +135,12 @@ def follow(build, data, optimizer, theta, keys, at: list[int]) -> dict:
 
     start = partial(fresh, partial(build, data), optimizer)
     carry, points = jit(jax.vmap(start))(init_keys), []
+    report = evaluation.counter("updates taken apart", at[-1], len(keys))
     for first, last in zip((0, *at), at, strict=False):
         span = np.int32(first), np.int32(last)
         carry, numbers = advance(data, theta, carry, run_keys, *span)
         points.append(jax.tree.map(np.asarray, numbers))
-        evaluation.counter("updates taken apart", at[-1])(last)
+        report(last)
     return jax.tree.map(lambda *x: np.stack(x), *points)
 
 
@@ -167,7 +168,7 @@ def compute_learned(build, data, optimizer, theta, seeds, steps, far) -> dict:
     features = {name: without_features(theta, rows) for name, rows in FEATURES.items()}
     parts = parts_of_theta(theta)
     thetas = [theta, *features.values(), *parts.values()]
-    report = evaluation.counter("ablations", steps)
+    report = evaluation.counter("ablations", steps, seeds * len(thetas))
     run = curves(build, data, optimizer, thetas, keys, steps, report=report)
     whole, *others = run.losses.mean(-1)  # (seeds,) each
     differences = iter(others - whole)

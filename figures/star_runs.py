@@ -95,7 +95,7 @@ def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, 
     meta, inner = {}, {}
     for name, paths in runs.items():
         _, (optimizer, *_), thetas = zip(*map(evaluation.trained, paths), strict=True)
-        report = evaluation.counter(name, steps)
+        report = evaluation.counter(name, steps, len(thetas))
         run = curves(spec.build, data, optimizer, thetas, keys, steps, report=report)
         print(f"in {run.seconds:.1f} s")
         inner[name] = run.losses[:, 0]
