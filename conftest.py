@@ -19,11 +19,10 @@ import data as datasets
 from tasks import TASKS
 
 # Compile a program once, for all processes and later runs; `pytest --cache-clear` forgets.
-CACHE = str(pathlib.Path(__file__).with_name(".pytest_cache") / "d" / "jax")
-for name, value in {
-    "jax_compilation_cache_dir": CACHE,
-    "jax_persistent_cache_min_compile_time_secs": 0.05,
-}.items():
+CACHE = pathlib.Path(__file__).with_name(".pytest_cache") / "d" / "jax"
+options = {"jax_compilation_cache_dir": str(CACHE)}
+options["jax_persistent_cache_min_compile_time_secs"] = 0.05
+for name, value in options.items():
     os.environ[name.upper()] = str(value)  # for the processes that tests start
     jax.config.update(name, value)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,7 +40,6 @@ hypothesis.settings.load_profile("star")
 
 @pytest.fixture(scope="session")
 def stand_in():
-    """A small stand-in for Fashion-MNIST, no files needed."""
     return datasets.stand_in_images(datasets.FASHION_MNIST, (4000, 500))
 
 
@@ -66,10 +64,8 @@ def use_stand_in(stand_ins, monkeypatch):
 
 @pytest.fixture
 def small_task(use_stand_in):
-    """(build, data) of `fmnist_small` on the stand-in."""
-    spec = TASKS["fmnist_small"]
-    data, _ = spec.load()
-    return spec.build, data
+    """(build, data) of fmnist_small on the stand-in."""
+    return TASKS["fmnist_small"].build, TASKS["fmnist_small"].load()[0]
 
 
 @pytest.fixture(autouse=True, scope="module")
