@@ -17,16 +17,12 @@ import store
 FIXTURES = finished, run, tiny
 HERE = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
-# Every write takes a while, so that most kills come in the middle of one.
-SLOWLY = f"""
-import os, time
+SLOWLY = f"""import os, time
 fsync = os.fsync
 os.fsync = lambda file: (time.sleep(0.05), fsync(file))
-{TRAIN}
-"""
+{TRAIN}"""
 # Dies in its sixth meta-step, as if its machine had lost power.
-DYING = """
-import os, devices
+DYING = """import os, devices
 stop = devices.stop_after
 devices.stop_after = lambda step, _: stop(step, _) if step < 6 else os.kill(os.getpid(), 9)
 """
@@ -142,15 +138,13 @@ def test_two_devices_give_the_theta_of_one(tmp_path):
         ("--devices 4000", "--devices 4000: process 0 has"),
         ("--devices 3", "cannot be shared by 3 devices"),
         ("--distributed", "--distributed finds no other processes"),
-        ("--process-id 1", "go together, and with --distributed"),
-        ("--distributed --process-id 1", "--process-id go together"),
+        ("--process-id 1", "--process-id go together, and with --distributed"),
     ],
 )
 def test_impossible_numbers_get_one_line(argv, says, tmp_path, monkeypatch, capsys):
     """Exit code 2, and a line that names the flag."""
     if "3" in argv:
-        mesh = type("Mesh", (), {"size": 3})
-        monkeypatch.setattr("devices.mesh_of", lambda n: mesh)
+        monkeypatch.setattr("devices.mesh_of", lambda n: type("Mesh", (), {"size": 3}))
     assert command(*TINY, "--out", tmp_path, *argv.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert says in error

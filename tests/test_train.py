@@ -174,12 +174,14 @@ def poisoned(data, key):
     return task._replace(loss=lambda *args: task.loss(*args) + data * args[0].sum())
 
 
-@pytest.fixture(scope="module", params=["pes", "truncated_bptt", "merged"])
+@pytest.fixture(
+    scope="module", params=["pes", "truncated_bptt", "merged", "pes --sigma 1e-30"]
+)
 def poisonable(request):
-    """Of learned momentum, which compiles fast."""
+    """Of learned momentum, which compiles fast. 1e-30 squared is 0: gradients of 0 / 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("star_fast.learned_optimizer", lambda c: BASELINES["sgdm"])
-        flags = ["--estimator", request.param, "--start-horizon", "1"]
+        flags = ["--start-horizon", "1", "--estimator", *request.param.split()]
         return compiled(*flags, build=poisoned, data=jnp.float32(0))
 
 
@@ -194,18 +196,6 @@ def test_nan_in_the_inner_problem_never_reaches_theta(poison, poisonable):
         assert_finite(state.theta, state.meta, metrics["loss"])
         assert metrics["loss"] <= 1000
     assert_finite(state.particles, metrics)
-
-
-def test_a_nan_gradient_does_not_poison_the_meta_optimizer(tiny):
-    """It counts as 0, and the metrics show nan."""
-    recipe, made, _ = tiny
-    first = train.init_state(recipe, made, {})
-    g = jnp.ones_like(first.theta).at[0].set(jnp.nan)
-    spoilt = made.estimator((), 0, KEY)._replace(estimate=lambda *a: (g, a[-1], {}))
-    made = made._replace(estimator=lambda *_: spoilt)
-    state, metrics = train.meta_step(recipe, made, (), KEY, first)
-    assert_finite(state.theta, state.meta)
-    assert np.isnan(metrics["grad_norm"]) and state.theta[1] < first.theta[1]
 
 
 def test_what_has_overflowed_is_not_saved(tiny, tmp_path):
@@ -238,7 +228,6 @@ def files(finished, tmp_path_factory):
 BAD_INPUT = """
 train.py --task imagenet -> 'imagenet' is none of fmnist,
 train.py --optimizer lion -> argument --optimizer: invalid choice: 'lion'
-train.py --steps many -> argument --steps: invalid int value: 'many'
 train.py --steps 0 -> --steps must be in 1 ..
 train.py --truncation 30 --horizon 2000 -> --truncation 30 does not divide --horizon 2000
 train.py --start-horizon 7 -> --start-horizon must be in 1e-06 .. 1
@@ -259,7 +248,6 @@ train.py --resume --out {finished} --sigma 0.5 -> checkpoint.npz was made with -
 train.py --out {finished} -> holds a run: --resume it, or choose another --out
 train.py --out {files}/cut.npz -> cut.npz: File exists
 train.py --task fmnist --data real --data-dir {files}/absent -> absent is not a folder
-eval.py --task imagenet -> invalid choice: 'imagenet'
 eval.py --baselines adam,lion -> no baseline lion
 eval.py --theta {files}/cut.npz -> cut.npz holds no theta of STAR
 eval.py --steps 0 -> must be at least 1
@@ -370,9 +358,8 @@ def test_log_uniform_horizons_reach_from_start_horizon_to_horizon(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "drawn_lengths", lambda *args: seen.append(args[1:]))
     monkeypatch.setattr(train.estimators, "population", lambda *args: None)
-    flags = ["--horizons", "log-uniform", "--start-horizon", "0.25"]
-    made = train.parts(train.parse([*TINY, *flags]), tasks.quadratic)
-    made.estimator({}, 0, KEY)
+    recipe = train.parse([*TINY, "--horizons=log-uniform", "--start-horizon=0.25"])
+    train.parts(recipe, tasks.quadratic).estimator({}, 0, KEY)
     assert seen == [(4, 1)]
 
 
