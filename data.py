@@ -313,7 +313,7 @@ def draw(rng, shape, labels, classes) -> np.ndarray:
     cloth = (some(90, 256) + noise).clip(0, 255) * shown
     if len(shape) == 2:
         return cloth.astype(np.uint8)
-    ground = (some(0, 256) + noise).clip(0, 255) * ~shown  # grey, behind
+    ground = (some(0, 160) + noise).clip(0, 255) * ~shown  # grey, behind
     colour = (labels // (classes // 10) + rng.randint(2, size=len(labels))) % 10
     palette = np.random.RandomState(1).randint(40, 256, (10, 3), np.int32)
     dyed = cloth[..., None] * palette[colour][:, None, None] // 256  # (n, h, w, 3)
