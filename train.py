@@ -254,9 +254,7 @@ def meta_step(recipe: Recipe, made: Parts, data, key, state: TrainState):
         lambda: state.particles,
     )
     g, particles, metrics = estimator.estimate(key, state.theta, particles)
-    # A nan would stay in AdamW's means for good; the metrics show it as it is.
-    finite = jnp.where(jnp.isfinite(g), g, 0)
-    updates, meta = made.meta_optimizer.update(finite, state.meta, state.theta)
+    updates, meta = made.meta_optimizer.update(g, state.meta, state.theta)
     theta = optax.apply_updates(state.theta, updates)
     metrics |= {"grad_norm": jnp.linalg.norm(g)}
     return TrainState(state.step + 1, theta, meta, particles), metrics
