@@ -13,7 +13,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +26,9 @@ import store
 from baselines import BASELINES, LEARNING_RATES, Curves, as_theta, curves, ema
 from tasks import TASKS
 
-ROOT = pathlib.Path(__file__).resolve().parent
-WEIGHTS, TUNED = ROOT / "weights", ROOT / "experiments" / "tuned.json"
+WEIGHTS = pathlib.Path(__file__).resolve().with_name("weights")
+TUNED = WEIGHTS.with_name("experiments") / "tuned.json"
 EVALUATION_SEED = 20_000  # apart from the usual --seed of a meta-training
-SEARCH_SEED = 30_000
 FINAL = 200  # inner steps at the end whose mean is the final loss
 SMOOTHING = 0.98  # per inner step, of the curves as drawn (appendix B.2)
 
@@ -56,13 +54,11 @@ def trained(path: str | pathlib.Path) -> tuple[dict, star.LearnedOptimizer, dict
 
 def best_theta(task: str) -> pathlib.Path:
     """The STAR in weights/ with the lowest loss on its card for the task, or for fmnist."""
-    cards = {path: store.read_card(path) for path in WEIGHTS.glob("star*.npz")}
-
-    def rank(path):
-        made_for, loss = cards[path]["task"], cards[path]["fresh_loss"]
-        return made_for != task, made_for != "fmnist", loss
-
-    return min(cards, key=rank)
+    order, ranks = {"fmnist": 1, task: 0}, {}
+    for path in WEIGHTS.glob("star*.npz"):
+        card = store.read_card(path)
+        ranks[path] = order.get(card["task"], 2), card["fresh_loss"]
+    return min(ranks, key=ranks.get)
 
 
 def baseline(name: str, task: str, steps: int, build: Callable, data: Any, about: dict):
@@ -80,7 +76,7 @@ def baseline(name: str, task: str, steps: int, build: Callable, data: Any, about
         n = min(steps, 2000)
         print(f"  {name} is not tuned for these data: {n} steps at each learning rate")
         rates = [{"learning_rate": rate} for rate in LEARNING_RATES]
-        keys, thetas = jax.random.key(SEARCH_SEED)[None], [as_theta(x) for x in rates]
+        keys, thetas = jax.random.key(30_000)[None], [as_theta(x) for x in rates]
         losses = curves(build, data, BASELINES[name], thetas, keys, n).losses[:, 0]
         last = losses[:, -max(1, n // 10) :].mean(1)  # (rates, steps) -> (rates,)
         last = np.where(np.isfinite(losses).all(1), last, np.inf)
@@ -112,8 +108,8 @@ def compare(task: str, args: argparse.Namespace, thetas: Iterable[tuple], tasks:
     rivals = (baseline(name, *setting) for name in args.baselines)
     entries, final_of = [], {}
     for settings, optimizer, theta in (*thetas, *rivals):
-        run = partial(curves, build, data, optimizer, [theta], keys, args.steps)
-        found = run(report=counter(settings["name"], args.steps, args.seeds))
+        report = counter(settings["name"], args.steps, args.seeds)
+        found = curves(build, data, optimizer, [theta], keys, args.steps, report=report)
         print(f"in {found.seconds:.1f} s", flush=True)
         line = {"task": task, "dataset": about["dataset"], "name": settings["name"]}
         line |= {"optimizer": settings["optimizer"], **row(found)}

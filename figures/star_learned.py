@@ -195,8 +195,7 @@ def figure_learned(args: Any) -> tuple[dict, str, dict]:
     name = store.read_card(path).get("task")
     if name not in TASKS or theta["w2"].shape[1] < 3:
         raise store.UserError(f"{path} is no STAR with a nominal term and a known task")
-    if args.quick and f"{name}_small" in TASKS:
-        name = f"{name}_small"
+    name += "_small" * (args.quick and f"{name}_small" in TASKS)
     data, about = TASKS[name].load(args.data, args.data_dir)
     horizon = settings["horizon"] or 2000
     steps, far = (20, 50) if args.quick else (args.steps or horizon, 5 * horizon)
