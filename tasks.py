@@ -71,12 +71,14 @@ def inner_problem(build, optimizer, unravel, length: int) -> estimators.Problem:
     unravel: flat theta -> theta. Losses are clipped at the task's limit.
     """
 
-    def step(theta, carry, key):
-        return inner_step(build, optimizer, unravel(theta), carry, key)
-
     limit = build(jax.random.key(0)).loss_limit
-    start = functools.partial(fresh, build, optimizer)
-    return estimators.unroll(start, step, length, limit)
+    start, step = (functools.partial(f, build, optimizer) for f in (fresh, inner_step))
+    windows = estimators.unroll(start, step, length, limit)
+
+    def run(theta, carry, key):
+        return windows.run(unravel(theta), carry, key)
+
+    return windows._replace(run=run)
 
 
 def each() -> Callable:
