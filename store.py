@@ -136,6 +136,14 @@ def read_theta(path: str | pathlib.Path, load: Callable) -> Any:
         raise UserError(" ".join(str(error).split())) from None
 
 
+def theta_for(optimizer: Any, name: str, load: Callable, path: Any) -> dict:
+    """The theta that load(path) gives with this very optimizer; else UserError."""
+    theta, theirs = read_theta(path, load)
+    if theirs is not optimizer:
+        raise UserError(f"{path} is not for {name}")
+    return theta
+
+
 def write_atomically(path: pathlib.Path, write: Callable) -> None:
     """write(file) to a temporary file beside path, flushed to the disk, then renamed.
 

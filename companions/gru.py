@@ -67,12 +67,6 @@ def parts(recipe: Recipe, build) -> train.Parts:
     """What the recipe is made into. build: (data, key) -> Task."""
     optimizer = lopts.LEARNED[recipe.optimizer]
 
-    def load(path):
-        theta, theirs = store.read_theta(path, lopts.load_theta)
-        if theirs is not optimizer:
-            raise store.UserError(f"{path} is not for {recipe.optimizer}")
-        return theta
-
     def estimator(data, step, key):
         unravel, build_it = store.unravel_of(optimizer), partial(build, data)
         problem = inner_problem(build_it, optimizer, unravel, recipe.horizon)
@@ -89,6 +83,7 @@ def parts(recipe: Recipe, build) -> train.Parts:
         return step * runs * recipe.horizon
 
     adam = meta_optimizer(recipe)
+    load = partial(store.theta_for, optimizer, recipe.optimizer, lopts.load_theta)
     return train.Parts(optimizer, {}, load, estimator, adam, inner_steps)
 
 

@@ -163,12 +163,6 @@ def parts(recipe: Recipe, build) -> train.Parts:
     def windows_at(step):
         return GROWTHS[recipe.growth](longest / length, step / recipe.steps)
 
-    def load(path):
-        theta, theirs = store.read_theta(path, lopts.load_theta)
-        if theirs is not optimizer:
-            raise store.UserError(f"{path} is not for {recipe.optimizer}")
-        return theta
-
     def estimator(data, step, key):
         member, one = partial(build, data), OBJECTIVES[recipe.objective]
         start, limit = partial(tasks.fresh, member, optimizer), member(key).loss_limit
@@ -195,6 +189,7 @@ def parts(recipe: Recipe, build) -> train.Parts:
         return runs * length * windows_at(np.arange(meta_steps)).sum()
 
     adam = optax.chain(optax.clip(recipe.clip), optax.adam(recipe.meta_lr, b1=0.5))
+    load = partial(store.theta_for, optimizer, recipe.optimizer, lopts.load_theta)
     return train.Parts(optimizer, {}, load, estimator, adam, inner_steps)
 
 
