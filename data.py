@@ -5,16 +5,16 @@ refused, never passed over.  The stand-in appears only when nothing was found.  
 `name` of what comes back says when it is a stand-in or not the official data.
 """
 
-import gzip
 import hashlib
 import os
 import sys
 import tarfile
-import time
 import urllib.request
 import zlib
 from collections.abc import Callable
 from functools import partial
+from http.client import HTTPException
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 ANSWER_SECONDS = 6  # for a server to answer, and between two packets
-FILE_SECONDS = 1800  # for one whole file
-TEXT_BYTES = 10_000  # at least: a tenth of the text has to hold sequences
+md5 = partial(hashlib.md5, usedforsecurity=False)
 
 
 class DataError(Exception):
@@ -42,7 +41,7 @@ class Images(NamedTuple):
 
 
 class Text(NamedTuple):
-    train: np.ndarray  # (n,) uint8, as all read-only: the first 80 % of every file
+    train: np.ndarray  # (n,) uint8, as all read-only: the first 80 %
     valid: np.ndarray  # the next 10 %
     test: np.ndarray  # and the last
     name: str  # as for `Images`
@@ -59,8 +58,7 @@ class DataSet(NamedTuple):
     sizes: tuple  # (pictures to train, to test), or (bytes of the stand-in,)
     shape: tuple = ()  # of a picture
     classes: int = 0
-    label_bytes: int = 1  # before a picture; the last is its class
-    forms: tuple = ()  # file names in a folder, the best first; none: those of `files`
+    unpacked: tuple = ()  # names to look for where those of `files` are not
     checksum: str = ""  # `Images.checksum` of the official data, where it is known
 
 
@@ -75,70 +73,55 @@ def about_formula(name: str = "drawn from its formula") -> dict:
     return {"dataset": name, "dataset_checksum": "", "stand_in": False}
 
 
+# --- finding and downloading
 def load(data_set: DataSet, source: str = "auto", data_dir: str | Path | None = None):
     """`data_set` as `Images` or `Text`.
 
-    source: "real", "stand-in", or "auto": the stand-in, with a loud warning, when
-    there is no real one.  Looks in `data_dir`, else in `$STAR_DATA`, else in the user's
-    cache, else downloads into the cache.  Files lie in the root given or in the data
-    set's folder there.  Raises DataError: nothing or damaged files where the user
-    pointed; "real" not found.
+    source: "real", "stand-in", or "auto", which draws the stand-in, with a loud warning,
+    when there is no real one.  Files lie in `data_dir`, else in `$STAR_DATA`, else in the
+    user's cache, else they are downloaded into it.  Raises DataError: nothing or damaged
+    files where the user pointed, or "real" not found.
     """
-    if source not in ("real", "stand-in", "auto"):
-        raise DataError(f"source is {source!r}, not 'real', 'stand-in' or 'auto'")
-    if source != "stand-in" and (paths := locate(data_set, source, data_dir)):
-        return data_set.read(data_set, paths)
-    return stand_in_images(data_set) if data_set.classes else stand_in_text(data_set)
-
-
-# Finding and downloading.
-
-
-def locate(data_set, source, data_dir) -> list[Path]:
-    """The files to read, in the order of their form, or []: only a stand-in is left."""
+    stand_in = stand_in_images if data_set.classes else stand_in_text
+    if source == "stand-in":
+        return stand_in(data_set)
     root = data_dir or os.environ.get("STAR_DATA")
-    if root and (paths := find(root, data_set)):
-        return paths
-    if data_dir:
-        raise DataError(f"{data_dir} has no file of {data_set.name}")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache, "star", data_set.folder)
+    paths = find(Path(root).expanduser(), data_set) if root else []
+    if data_dir and not paths:
+        raise DataError(f"{data_dir} has no file of {data_set.name}")
     try:
-        return [fetch(data_set, name, folder) for name in data_set.files]
-    except OSError as error:
+        paths = paths or [fetch(data_set, name, folder) for name in data_set.files]
+    except (OSError, HTTPException) as error:
         looked = f"{root or '$STAR_DATA (not set)'} or {folder}"
         reason = f"no {data_set.name} in {looked}; {data_set.address}: {error}"
-    if source == "real":
-        raise DataError(reason)
-    bar = "!" * 80
-    sys.stderr.write(
-        f"{bar}\nWARNING: {reason}.\n"
-        "Using a drawn STAND-IN: its numbers compare with nobody else's.\n"
-        f"For the real one put its files in a folder and set STAR_DATA to it.\n{bar}\n"
-    )
-    return []
+        if source != "auto":
+            raise DataError(reason) from error
+        sys.stderr.write(
+            f"{'!' * 80}\nWARNING: {reason}.\nUsing a drawn STAND-IN: its numbers compare "
+            "with nobody else's.\nFor the real one set STAR_DATA to a folder with it.\n"
+        )
+        return stand_in(data_set)
+    return data_set.read(data_set, paths)
 
 
-def find(root: str | Path, data_set: DataSet) -> list[Path]:
-    """The files of a form in root/folder or in root, or root itself; []: no file.
+def find(root: Path, data_set: DataSet) -> list[Path]:
+    """The files, else the unpacked ones, in root/folder or root; [] if there is none.
 
-    A name with a star stands for all that match, sorted.  Raises DataError when `root`
-    is no folder and no such file, or when some of a form's files are missing.
+    A name with a star stands for all that match.  Raises DataError when `root` is no
+    folder, or when some of the files are missing.
     """
-    root, forms = Path(root).expanduser(), data_set.forms or (tuple(data_set.files),)
-    if root.is_file() and any(root.match(form[0]) for form in forms if len(form) == 1):
-        return [root]
     if not root.is_dir():
         raise DataError(f"{root} is not a folder (looking for {data_set.name})")
-    for form in forms:
-        for folder in (root / data_set.folder, root):
-            found = {name: sorted(folder.glob(name)) for name in form}
-            missing = [name for name in form if not found[name]]
-            if not missing:
-                return sum(found.values(), [])
-            if len(missing) < len(form):
-                lacks = f"lacks {', '.join(missing)} of {data_set.name}"
-                raise DataError(f"{folder} {lacks}")
+    places = root / data_set.folder, root
+    for names, folder in product((data_set.files, data_set.unpacked), places):
+        found = {name: sorted(folder.glob(name)) for name in names}
+        if all(found.values()):
+            return sum(found.values(), [])
+        if any(found.values()):
+            lacks = ", ".join(name for name in names if not found[name])
+            raise DataError(f"{folder} lacks {lacks} of {data_set.name}")
     return []
 
 
@@ -148,72 +131,57 @@ def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    blocks, end = [], time.monotonic() + FILE_SECONDS
+    print(f"downloading {url}", file=sys.stderr)
     with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
-        size = response.headers["Content-Length"]  # a server may not tell
-        print(f"downloading {url}, {size} bytes", file=sys.stderr)
-        while block := response.read1(1 << 16):
-            blocks.append(block)
-            if time.monotonic() > end:
-                raise TimeoutError(f"{name} not whole after {FILE_SECONDS} s")
-    if (found := md5(raw := b"".join(blocks))) != digest:
+        raw = response.read()
+    if (found := md5(raw).hexdigest()) != digest:
         raise OSError(f"the MD5 of {name} is {found} instead of {digest}")
     partial = path.with_name(f"{name}.{os.getpid()}.partial")
     partial.write_bytes(raw)
     return partial.replace(path)
 
 
-def md5(raw: bytes) -> str:
-    return hashlib.md5(raw, usedforsecurity=False).hexdigest()
-
-
-# Reading.  What cannot be read raises DataError, or OSError with the file's name.
-
-
-def read_idx_images(data_set: DataSet, paths: list[Path]) -> Images:
-    """`Images` from the four idx files."""
+# --- reading.  What cannot be read raises DataError, or OSError with the file's name.
+def read_idx(data_set: DataSet, paths: list[Path]) -> Images:
+    """`Images` from the four gzipped idx files."""
+    arrays = []
     shapes = [x for n in data_set.sizes for x in ((n, *data_set.shape), (n,))]
-    arrays = [read_idx(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+    for path, shape in zip(paths, shapes, strict=True):
+        header = np.array([0x0800 + len(shape), *shape], ">u4").tobytes()  # 08: uint8
+        try:
+            raw = zlib.decompress(path.read_bytes(), wbits=31)  # of the gzip format
+        except zlib.error as error:
+            raise DataError(f"{path}: not a whole gzip file ({error})") from error
+        if len(raw) != len(header) + prod(shape) or not raw.startswith(header):
+            raise DataError(f"{path}: not an idx file of uint8 of shape {shape}")
+        arrays += [np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)]
     images = as_images(data_set, data_set.name, arrays)
     remark = "" if images.checksum == data_set.checksum else " (not the official bytes)"
     return images._replace(name=data_set.name + remark)
-
-
-def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The uint8 array of `shape` in a gzipped idx file."""
-    header = np.array([0x0800 + len(shape), *shape], ">u4").tobytes()  # 08: uint8
-    size = len(header) + prod(shape)
-    try:
-        with gzip.open(path) as file:
-            raw = file.read(size + 1)  # one more than there should be
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a readable, whole gzip file ({error})") from error
-    if len(raw) != size or raw[: len(header)] != header:
-        raise DataError(f"{path}: not an idx file of unsigned bytes of shape {shape}")
-    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
 
 
 def read_cifar(data_set: DataSet, paths: list[Path]) -> Images:
     """`Images` from the official archive, or from its files unpacked.
 
     Only the archive can be verified; .bin files may hold others, or fewer.  A record is
-    `label_bytes`, the last of them the class, then 32 x 32 red, green and blue.
+    the class (CIFAR-100: a coarse one before it), then 32 x 32 red, green and blue.
     """
+    files = {path: path.read_bytes() for path in paths}
+    first = 2 if data_set.classes == 100 else 1  # byte of the picture
     if verified := len(paths) == 1:
-        archive, digest = paths[0], data_set.files[paths[0].name]
-        if (found := md5(archive.read_bytes())) != digest:
+        (archive,), (digest,) = paths, data_set.files.values()
+        if (found := md5(files[archive]).hexdigest()) != digest:
             raise DataError(f"{archive}: its MD5 is {found} instead of {digest}")
         with tarfile.open(archive) as tar:
-            members = {Path(x.name).name: x for x in tar.getmembers()}
-            contents = [tar.extractfile(members[x]).read() for x in data_set.forms[1]]
-    else:
-        contents = [path.read_bytes() for path in paths]
-    arrays, first = [], data_set.label_bytes
+            names = [f"{data_set.folder}/{name}" for name in data_set.unpacked]
+            files = {name: tar.extractfile(name).read() for name in names}
     size = first + prod(data_set.shape)
-    for path, raw in zip(paths, contents, strict=not verified):
+    for path, raw in files.items():
         if not raw or len(raw) % size:
             raise DataError(f"{path}: {len(raw)} bytes are no records of {size} bytes")
-    for raw in b"".join(contents[:-1]), contents[-1]:  # to train and to test
+    *train, test = files.values()
+    arrays = []
+    for raw in b"".join(train), test:
         records = np.frombuffer(raw, np.uint8).reshape(-1, size)
         planes = records[:, first:].reshape(-1, 3, 32, 32)
         arrays += [planes.transpose(0, 2, 3, 1), records[:, first - 1]]
@@ -234,23 +202,18 @@ def as_images(data_set, name, arrays, stand_in=False) -> Images:
 
 
 def read_text(data_set: DataSet, paths: list[Path]) -> Text:
-    """`Text` from .txt files, in the order given."""
-    contents = [path.read_bytes() for path in paths]
-    if (size := sum(map(len, contents))) < TEXT_BYTES:
-        raise DataError(f"{paths[0]}: {size} bytes of text, less than {TEXT_BYTES}")
-    name = paths[0].name
-    if len(paths) > 1:
-        name = f"{paths[0].parent.resolve().name} ({len(paths)} files)"
-    name = f"own text {name}".replace("$", "_")  # in a plot's title $ starts a formula
-    official = [md5(raw) for raw in contents] == list(data_set.files.values())
-    return as_text(data_set.name if official else name, contents)
+    """`Text` from .txt files, joined in the order given."""
+    raw, folder = b"".join(path.read_bytes() for path in paths), paths[0].parent
+    if len(raw) < 10_000:  # a tenth has to hold sequences
+        raise DataError(f"{folder}: {len(raw)} bytes of text, less than 10,000")
+    official = md5(raw).hexdigest() in data_set.files.values()
+    own = f"own text {folder.resolve().name} ({len(paths)} files)"
+    return as_text(data_set.name if official else own, raw)
 
 
-def as_text(name: str, contents: list[bytes], stand_in: bool = False) -> Text:
-    """The bytes of each file -> Text, 80, 10 and 10 % of each."""
-    files = [np.frombuffer(raw, np.uint8) for raw in contents]
-    cut = [np.split(x, [len(x) * 8 // 10, len(x) * 9 // 10]) for x in files]
-    arrays = [np.concatenate(parts) for parts in zip(*cut, strict=True)]
+def as_text(name: str, raw: bytes, stand_in: bool = False) -> Text:
+    n, x = len(raw), np.frombuffer(raw, np.uint8)
+    arrays = np.split(x, [n * 8 // 10, n * 9 // 10])
     return Text(*arrays, name, seal(arrays), stand_in)
 
 
@@ -264,8 +227,7 @@ def seal(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-# Drawing stand-ins.  RandomState's stream is frozen: the same bytes on every machine.
-
+# --- drawing.  RandomState's stream is frozen: the same bytes on every machine.
 SILHOUETTES = """
     .##.##. .#####. .##.##. ..#.#.. .##.##. ....... ..###.. ....... ..###.. ...###.
     ####### .#####. .#####. ..###.. .#####. .....## .#####. ....... .#...#. ...###.
@@ -294,10 +256,7 @@ def stand_in_images(data_set: DataSet, sizes: tuple | None = None) -> Images:
 
 def draw(rng, shape, labels, classes) -> np.ndarray:
     """Labels (n,) -> (n, *shape) uint8: noisy silhouettes, moved, bent, cut, dyed."""
-
-    def some(low, high):
-        return rng.randint(low, high, (len(labels), 1, 1), np.int32)
-
+    some = partial(rng.randint, size=(len(labels), 1, 1), dtype=np.int32)
     masks = np.array([list(row) for row in SILHOUETTES.split()]) == "#"
     masks = np.pad(masks.reshape(8, 10, 7), ((1, 1), (0, 0), (1, 1)))
     side = shape[0]
@@ -328,15 +287,14 @@ def stand_in_text(data_set: DataSet, sizes: tuple | None = None) -> Text:
     # Small numbers are frequent among the products, as a few words are in a language.
     a, b = rng.randint(60, size=(2, size // 2))  # a word has two bytes at least
     raw = b"".join(words[i] for i in a * b // 60)[:size]
-    return as_text(f"{data_set.name} stand-in", [raw], stand_in=True)
+    return as_text(f"{data_set.name} stand-in", raw, stand_in=True)
 
 
-# The data sets.
-
+# --- the data sets
 FASHION_MNIST = DataSet(
     name="fashion-mnist",
     folder="fashion-mnist",
-    read=read_idx_images,
+    read=read_idx,
     files={
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
@@ -370,18 +328,14 @@ CIFAR_10 = DataSet(
     sizes=(50000, 10000),
     shape=(32, 32, 3),
     classes=10,
-    forms=(
-        ("cifar-10-binary.tar.gz",),
-        (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
-    ),
+    unpacked=(*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
 )
 CIFAR_100 = CIFAR_10._replace(
     name="cifar-100",
     folder="cifar-100-binary",
     files={"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
     classes=100,
-    label_bytes=2,  # coarse and fine
-    forms=(("cifar-100-binary.tar.gz",), ("train.bin", "test.bin")),
+    unpacked=("train.bin", "test.bin"),
 )
 TINY_SHAKESPEARE = DataSet(
     name="tinyshakespeare",
@@ -390,11 +344,11 @@ TINY_SHAKESPEARE = DataSet(
     files={"input.txt": "6fb458f1232090904fb40fe944165e91"},
     address="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
     sizes=(1_000_000,),
-    forms=(("*.txt",),),
+    unpacked=("*.txt",),
 )
 
 fashion_mnist = partial(load, FASHION_MNIST)
 mnist = partial(load, MNIST)
 cifar10 = partial(load, CIFAR_10)
 cifar100 = partial(load, CIFAR_100)  # with the 100 fine labels
-text = partial(load, TINY_SHAKESPEARE)  # or all .txt files of a folder, or one file
+text = partial(load, TINY_SHAKESPEARE)  # or all .txt files of a folder
