@@ -1,22 +1,21 @@
 """STAR, the stabilized learned optimizer, as the paper writes it.
 
 Harrison, Metz & Sohl-Dickstein 2022, "A closer look at learned optimization", section 5.
-One tiny network, the same for every parameter, looks at 39 features of that parameter. It
-answers three numbers: a direction d and two log magnitudes m_b and m_g. The step is
+One tiny network, the same for every parameter, sees 39 features of that parameter. It
+answers with a direction d and two log magnitudes, m_b and m_g:
 
     f_b  = beta3 * d / v * exp(beta4 * m_b)    blackbox term, equations 20 and 22
     f_g  = beta1 * exp(beta2 * m_g) * g        nominal term, equation 21
     phi' = phi - (f_b + f_g)                   equation 2
 
 phi is the parameter, v the running root mean square of its gradient, and g a hand-designed
-step, Adam and AggMo in one.
+step, Adam and AggMo in one. Even a gradient of zero moves phi: freeze what should stay with
+`optax.partition`. P is the shape of one parameter tensor.
 
-The file stands alone: copy it. It needs jax and numpy, and `star` needs optax. P is the
-shape of one parameter tensor. `star_fast.py` computes the same numbers sooner.
+The file stands alone: copy it. It needs jax and numpy, and `star` needs optax.
 """
 
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,11 +30,7 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)  # st
 
 
 class Constants(NamedTuple):
-    """What is chosen by hand. The defaults are the paper's (appendix B.2).
-
-    With beta3 = 1e-3 an untrained network diverges on the paper's own task; see the preset
-    `star_small_beta3`. beta2 = 1e-3 takes an m_g of -693 to halve the nominal step.
-    """
+    """What is chosen by hand. The defaults are the paper's (appendix B.2)."""
 
     beta1: Any = 1e-3  # size of the nominal step
     beta2: Any = 1e-3  # how strongly m_g scales it
@@ -66,10 +61,7 @@ class LearnedOptimizer(NamedTuple):
 
 
 def theta_shapes(c: Constants) -> dict[str, tuple[int, ...]]:
-    """Name -> shape: a network of 195 weights and the offsets of 7 decays, 202 in all.
-
-    Section 5.2 counts one more, "for beta1", which it also calls a constant.
-    """
+    """A network of 195 weights and the offsets of 7 decays. Section 5.2 counts one more."""
     heads = 2 if c.nominal == "none" else 3  # direction, magnitude, nominal magnitude
     network = dict(w0=(39, 4), b0=(4,), w1=(4, 4), b1=(4,), w2=(4, heads), b2=(heads,))
     return network | dict(momentum_decays=(3,), rms_decays=(1,), adafactor_decays=(3,))
@@ -95,8 +87,28 @@ class TensorState(NamedTuple):
 
     m: tuple  # three means of the gradient, each (*P)
     v2: jax.Array  # mean of the squared gradient, (*P)
-    row: tuple  # three means of it over the largest axis, which is kept with length 1
-    col: tuple  # three means over the second largest axis, likewise
+    row: jax.Array  # three means of it over the largest axis, (3, *P), that axis 1 long
+    col: jax.Array  # three means over the second largest axis, likewise
+
+
+class State(NamedTuple):
+    count: jax.Array  # () int32, updates done
+    tensors: Any  # a tree like the parameters, a TensorState each
+
+
+def init(params: Any) -> State:
+    """All running means at zero, sharded like params. TypeError for other than floats."""
+    return State(jnp.zeros((), jnp.int32), jax.tree.map(init_tensor, params))
+
+
+def init_tensor(p: Any) -> TensorState:
+    dtype = getattr(p, "dtype", type(p))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"STAR updates real floating-point arrays, not {dtype}")
+    # One buffer each, so that the state can be donated.
+    *m, v2 = (jnp.zeros_like(p, jnp.float32) for _ in range(4))
+    row, col = (jnp.stack([x] * 3) for x in rows_and_columns(v2))
+    return TensorState(tuple(m), v2, row, col)
 
 
 def rows_and_columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,36 +119,26 @@ def rows_and_columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(x, largest, keepdims=True), jnp.mean(x, second, keepdims=True)
 
 
-def init_tensor(p: Any) -> TensorState:
-    dtype = jnp.result_type(p)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"STAR updates real floating-point arrays, not {dtype}")
-    zero = jnp.zeros(jnp.shape(p), jnp.float32)
-    row, col = rows_and_columns(zero)
-    state = TensorState(m=(zero,) * 3, v2=zero, row=(row,) * 3, col=(col,) * 3)
-    return jax.tree.map(jnp.copy, state)  # one buffer each, so that it can be donated
-
-
 def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
-    """Every running mean one step on: mean <- d mean + (1 - d) new.
+    """Every running mean one step on.
 
-    Decays of squares are clipped to [0, 1], as in the authors' code. Those of momentum are
-    not, so a large offset makes them unstable. Weight decay keeps the offsets small.
+    As in the authors' code, decays of squares are clipped to [0, 1], those of momentum not.
     """
 
-    def ema(decays, means, new):
-        return tuple(d * x + (1 - d) * new for d, x in zip(decays, means, strict=True))
+    def ema(decay, mean, new):
+        return decay * mean + (1 - decay) * new
 
     square = grad * grad + 1e-30
     row, col = rows_and_columns(square)
-    momentum_decays = learned_decay(DECAYS, theta["momentum_decays"])
-    rms_decays = jnp.clip(learned_decay(RMS_DECAY, theta["rms_decays"]), 0, 1)
-    adafactor_decays = jnp.clip(learned_decay(DECAYS, theta["adafactor_decays"]), 0, 1)
+    momentum = learned_decay(DECAYS, theta["momentum_decays"])
+    (rms,) = jnp.clip(learned_decay(RMS_DECAY, theta["rms_decays"]), 0, 1)
+    adafactor = jnp.clip(learned_decay(DECAYS, theta["adafactor_decays"]), 0, 1)
+    adafactor = adafactor.reshape(3, *(1,) * grad.ndim)
     return TensorState(
-        m=ema(momentum_decays, s.m, grad),
-        v2=ema(rms_decays, (s.v2,), square)[0],
-        row=ema(adafactor_decays, s.row, row),
-        col=ema(adafactor_decays, s.col, col),
+        m=tuple(ema(d, m, grad) for d, m in zip(momentum, s.m, strict=True)),
+        v2=ema(rms, s.v2, square),
+        row=ema(adafactor, s.row, row[None]),
+        col=ema(adafactor, s.col, col[None]),
     )
 
 
@@ -157,33 +159,31 @@ def tensor_features(grad, p: jax.Array, s: TensorState, c: Constants) -> list:
         *(grad * f for f in grad_factors),                      # 10-12  adafactor's step
         *s.row,                                                 # 13-15  squares of rows
         *s.col,                                                 # 16-18  and of columns
-        *(rsqrt(x + 1e-8) for x in s.row),                      # 19-21  inverse roots
-        *(rsqrt(x + 1e-8) for x in s.col),                      # 22-24  of both
+        *rsqrt(s.row + 1e-8),                                   # 19-21  inverse roots
+        *rsqrt(s.col + 1e-8),                                   # 22-24  of both
         *(m * f for m, f in zip(s.m, m_factors, strict=True)),  # 25-27  adafactor, momenta
     ]  # fmt: skip
     return [x * rsqrt(jnp.mean(x * x) + 1e-5) for x in features]
 
 
-def adafactor_factors(s: TensorState) -> tuple[list, list]:
+def adafactor_factors(s: TensorState) -> tuple[jax.Array, jax.Array]:
     """1/v from one number per row and one per column (Shazeer & Stern 2018, alg. 4).
 
-    Three factors for the gradient and three for the momenta. They differ for vectors and
-    scalars alone, where the authors' code has two epsilons.
+    Three factors for the gradient and three for the momenta, each (3, *P). They differ for
+    vectors and scalars alone, where the authors' code has two epsilons.
     """
     if s.v2.ndim < 2:
-        return [rsqrt(x + 1e-9) for x in s.row], [rsqrt(x + 1e-6) for x in s.row]
+        return rsqrt(s.row + 1e-9), rsqrt(s.row + 1e-6)
     second, _ = np.argsort(s.v2.shape, kind="stable")[-2:].tolist()
-    factors = []
-    for row, col in zip(s.row, s.col, strict=True):
-        row = row / (jnp.mean(row, second, keepdims=True) + 1e-9)
-        factors.append(rsqrt(jnp.maximum(row, 1e-9)) * rsqrt(jnp.maximum(col, 1e-9)))
+    row = s.row / (jnp.mean(s.row, 1 + second, keepdims=True) + 1e-9)
+    factors = rsqrt(jnp.maximum(row, 1e-9)) * rsqrt(jnp.maximum(s.col, 1e-9))
     return factors, factors
 
 
-def time_features(count: jax.Array) -> list:
-    """11 scalars, rows 28-38 of w0: tanh(t / tau - 1), t the updates before this one."""
+def time_features(count: jax.Array) -> jax.Array:
+    """(11,), rows 28-38 of w0: tanh(t / tau - 1), t the updates before this one."""
     t = jnp.asarray(count).astype(jnp.float32)
-    return [jnp.tanh(t / tau - 1) for tau in TIMESCALES]
+    return jnp.tanh(t / np.array(TIMESCALES, np.float32) - 1)
 
 
 def dense(w: jax.Array, b: jax.Array, xs: list) -> list:
@@ -191,8 +191,9 @@ def dense(w: jax.Array, b: jax.Array, xs: list) -> list:
     return [sum((w[i, j] * x for i, x in enumerate(xs)), b[j]) for j in range(len(b))]
 
 
-def network(theta: dict, features: list) -> list:
+def network(theta, c: Constants, count, grad, p, s: TensorState) -> list:
     """39 features -> 4 -> 4 -> direction d, log magnitudes m_b and m_g; each (*P)."""
+    features = [*tensor_features(grad, p, s, c), *time_features(count)]
     h = [jax.nn.relu(x) for x in dense(theta["w0"], theta["b0"], features)]
     h = [jax.nn.relu(x) for x in dense(theta["w1"], theta["b1"], h)]
     return dense(theta["w2"], theta["b2"], h)
@@ -210,38 +211,28 @@ def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Ar
     return -(f_b + f_g)
 
 
-def update_tensor(theta, c, count, grad, p, s) -> tuple[jax.Array, TensorState]:
-    """One tensor: (what to add to the parameter p, in its dtype; its next state)."""
-    dtype = jnp.result_type(p)
-    grad, p = (jnp.asarray(x).astype(jnp.float32) for x in (grad, p))
-    s = accumulate(theta, s, grad)
-    features = tensor_features(grad, p, s, c) + time_features(count)
-    return step(c, network(theta, features), grad, s).astype(dtype), s
-
-
-class State(NamedTuple):
-    count: jax.Array  # () int32, updates done
-    tensors: Any  # a tree like the parameters, a TensorState each
-
-
-def init(params: Any) -> State:
-    """All running means at zero. TypeError for parameters that are not of floats."""
-    return State(jnp.zeros((), jnp.int32), jax.tree.map(init_tensor, params))
-
-
-def learned_optimizer(c: Constants = PAPER, update_tensor=update_tensor):
+def learned_optimizer(c: Constants = PAPER, network=network) -> LearnedOptimizer:
     """STAR or an ablation. ValueError: an unknown nominal term, a theta of other shapes."""
     if c.nominal not in (*NOMINAL, "none"):
         raise ValueError(f"nominal {c.nominal!r} is none of {(*NOMINAL, 'none')}")
 
     def update(theta, grads, state, params):
-        check_theta(theta, c)
-        leaves, tree = jax.tree.flatten(grads)
-        others = map(tree.flatten_up_to, (params, state.tensors))
-        rows = zip(leaves, *others, strict=True)
-        new = [update_tensor(theta, c, state.count, *row) for row in rows]
-        updates, tensors = (tree.unflatten(x[i] for x in new) for i in range(2))
-        return updates, State(count=state.count + 1, tensors=tensors)
+        theta = check_theta(theta, c)
+
+        def update_tensor(grad, p, s):
+            if not jnp.size(p):
+                return p, s
+            grad, phi = (jnp.asarray(x).astype(jnp.float32) for x in (grad, p))
+            grad = jnp.clip(grad, -1e15, 1e15)  # float32 must hold the sum of squares
+            s = accumulate(theta, s, grad)
+            outputs = network(theta, c, state.count, grad, phi, s)
+            return step(c, outputs, grad, s).astype(jnp.result_type(p)), s
+
+        new = jax.tree.map(update_tensor, grads, params, state.tensors)
+        updates = jax.tree.map(lambda _, x: x[0], grads, new)
+        tensors = jax.tree.map(lambda _, x: x[1], grads, new)
+        count = jnp.minimum(state.count, 2**31 - 2) + 1  # stays at the largest int32
+        return updates, State(count, tensors)
 
     return LearnedOptimizer(lambda key: init_theta(key, c), init, update)
 
@@ -274,24 +265,24 @@ def star(theta, constants=PAPER, beta1=None, beta2=None, beta3=None, beta4=None)
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
-            raise ValueError("STAR's update needs params: the parameter is a feature")
+            raise ValueError("STAR needs params: the parameter is a feature")
         return optimizer.update(theta, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
-FIXED = dict(
-    momentum_decays=list(DECAYS), rms_decay=0.999, adafactor_decays=list(DECAYS)
-)
-FIXED |= dict(normalizer_eps=1e-5, statistic_eps=1e-8, factor_floor=1e-9)
-FIXED |= dict(vector_eps=1e-6, square_floor=1e-30)
+# Constants that older cards name; other values than these are refused.
+FIXED = dict(momentum_decays=list(DECAYS), adafactor_decays=list(DECAYS))
+FIXED |= dict(rms_decay=0.999, normalizer_eps=1e-5, statistic_eps=1e-8)
+FIXED |= dict(factor_floor=1e-9, vector_eps=1e-6, square_floor=1e-30)
 
 
-def check_theta(theta: dict, c: Constants) -> None:
-    """ValueError, in one line, unless theta has the names and shapes that c asks for."""
+def check_theta(theta: dict, c: Constants) -> dict:
+    """theta in float32. ValueError unless it has the names and shapes that c asks for."""
     found = {name: jnp.shape(x) for name, x in theta.items()}
     if found != theta_shapes(c):
         raise ValueError(f"theta should have shapes {theta_shapes(c)}, not {found}")
+    return {name: jnp.asarray(x, jnp.float32) for name, x in theta.items()}
 
 
 def save_theta(file: Any, theta: dict, card: dict, **more: np.ndarray) -> None:
@@ -302,21 +293,14 @@ def save_theta(file: Any, theta: dict, card: dict, **more: np.ndarray) -> None:
 def load_theta(path: Any) -> tuple[dict, Constants]:
     """(theta, constants) from a file by `save_theta`; nothing is unpickled.
 
-    OSError when the file cannot be read; ValueError, in one line, when it holds no theta
-    of STAR. Constants that the card does not name are the paper's.
+    ValueError, or what `np.load` raises, for other files. Constants that the card does not
+    name are the paper's.
     """
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            theta = {name: file[name] for name in file.files if "/" not in name}
-        saved = dict(json.loads(str(theta.pop("card", "{}"))).get("constants", {}))
-        if any(saved.pop(name, value) != value for name, value in FIXED.items()):
-            raise ValueError(f"it has other constants than {FIXED}")
-        c = Constants(**saved)
-        known = {True: True, False: False, "rms": True, "none": False}
-        c = c._replace(preconditioner=known[c.preconditioner])
-        c = c._replace(**{k: float(getattr(c, k)) for k in c._fields if "beta" in k})
-        check_theta(theta, learned_optimizer(c) and c)
-    except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} holds no theta of STAR: {reason}") from error
-    return {name: jnp.asarray(x, jnp.float32) for name, x in theta.items()}, c
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        theta = {name: file[name] for name in file.files if "/" not in name}
+    saved = json.loads(str(theta.pop("card", "{}"))).get("constants", {})
+    if any(saved.pop(name, value) != value for name, value in FIXED.items()):
+        raise ValueError(f"it has other constants than {FIXED}")
+    c = PAPER._replace(**saved)
+    c = c._replace(preconditioner=c.preconditioner in (True, "rms"))
+    return check_theta(theta, c), c

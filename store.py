@@ -10,6 +10,8 @@ import pathlib
 import platform
 import shlex
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
@@ -106,34 +108,34 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray], where: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, template)
 
 
+# What numpy raises for a file that is damaged, cut off or of another kind.
+DAMAGED = (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
-    try:
+
+    def load(path):
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception:  # a damaged zip makes zipfile raise nearly anything
-        raise UserError(f"{path} cannot be read as a .npz file") from None
+            return dict(file)
+
+    return read_theta(path, load)
 
 
 def read_card(path: str | pathlib.Path) -> dict:
     """The card inside a theta's `.npz`; {} where it has none."""
-    try:
-        card = json.loads(str(read_npz(path).get("card", "{}")))
-    except ValueError:
-        raise UserError(f"{path} has a card that is not JSON") from None
-    return card if isinstance(card, dict) else {}
+    return json.loads(str(read_npz(path).get("card", "{}")))
 
 
 def read_theta(path: str | pathlib.Path, load: Callable) -> Any:
     """load(path), such as `star.load_theta`; UserError where there is no such theta."""
     try:
         return load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used: {reason}") from None
 
 
 def theta_for(optimizer: Any, name: str, load: Callable, path: Any) -> dict:

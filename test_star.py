@@ -16,6 +16,7 @@ from jax.test_util import check_grads
 
 import star
 import star_fast
+import store
 
 HERE = pathlib.Path(__file__).resolve().parent
 VECTORS = np.load(HERE / "tests" / "test_vectors.npz")
@@ -175,7 +176,7 @@ def test_rows_are_means_over_the_largest_axis():
     cols = {(5,): (5,), (4, 3): (4, 1), (4, 4): (1, 4), (2, 5, 3): (2, 5, 1)}
     for shape in rows:
         s = jax.eval_shape(star.init_tensor, jnp.zeros(shape))
-        assert [x.shape for x in s.row + s.col] == [rows[shape]] * 3 + [cols[shape]] * 3
+        assert (s.row.shape, s.col.shape) == ((3, *rows[shape]), (3, *cols[shape]))
 
 
 @given(offset=st.floats(-1, 1, width=32))
@@ -186,7 +187,8 @@ def test_decays_shift_on_a_log_scale(offset):
     mean is 1 before a gradient of 0, so that it becomes its decay."""
     theta = {name: x + np.float32(offset) for name, x in SILENT.items()}
     ones = (np.ones(2, np.float32),) * 3
-    s = star.TensorState(m=ones, v2=ones[0], row=ones, col=ones)
+    three = np.stack(ones)
+    s = star.TensorState(m=ones, v2=ones[0], row=three, col=three)
     s = jax.jit(star.accumulate)(theta, s, np.zeros(2, np.float32))
     d = 1 - np.exp(np.log([0.1, 0.01, 0.001]) + 10 * offset)
     expected = [*d, *np.clip([*d, *d, d[2]], 0, 1)]
@@ -197,7 +199,7 @@ def test_decays_shift_on_a_log_scale(offset):
 def test_adafactor_of_a_vector_has_two_epsilons():
     """1e-9 under the root for the gradient and 1e-6 for the momenta."""
     x = np.float32([0, 1e-9, 1e-6, 1])
-    s = star.TensorState(m=(x,) * 3, v2=x, row=(x, 2 * x, 3 * x), col=(x,) * 3)
+    s = star.TensorState(m=(x,) * 3, v2=x, row=np.stack([x, 2 * x, 3 * x]), col=x)
     for factors, epsilon in zip(star.adafactor_factors(s), (1e-9, 1e-6), strict=True):
         expected = [1 / np.sqrt(k * x + epsilon) for k in (1, 2, 3)]
         np.testing.assert_allclose(factors, expected, rtol=1e-5)
@@ -349,7 +351,7 @@ def test_tree_map_params_reaches_every_running_mean():
     map_params = functools.partial(optax.tree.map_params, TRANSFORM)
     state = map_params(lambda x: x + 1, TRANSFORM.init(PARAMS))
     means = jax.tree.leaves(state.tensors)
-    assert len(means) == 2 * 10 and all((x == 1).all() for x in means)
+    assert len(means) == 2 * 6 and all((x == 1).all() for x in means)
     of = functools.partial(jax.NamedSharding, jax.make_mesh((1,), ("x",)))
     shardings = {"w": of(jax.P("x")), "inner": [of(jax.P())]}
     is_leaf = lambda x: isinstance(x, star.TensorState)  # noqa: E731
@@ -400,8 +402,7 @@ def test_theta_survives_its_file(name, tmp_path):
 OLD_CARD = dict(normalizer_eps=1e-5, statistic_eps=1e-8, factor_floor=1e-9)
 OLD_CARD |= dict(vector_eps=1e-6, square_floor=1e-30, rms_decay=0.999)
 OLD_CARD |= {f"{x}_decays": [0.9, 0.99, 0.999] for x in ("momentum", "adafactor")}
-BAD_CONSTANTS = [{"beta9": 1}, {"beta1": "x"}, {"nominal": "lion"}]
-BAD_CONSTANTS += [{name: 0.5} for name in (*OLD_CARD, "preconditioner")]
+BAD_CONSTANTS = [{"beta9": 1}, *({name: 0.5} for name in OLD_CARD)]
 
 
 @pytest.mark.parametrize("word, meaning", [("rms", True), ("none", False)])
@@ -414,8 +415,8 @@ def test_old_cards_load(word, meaning, tmp_path):
 
 
 def test_bad_theta_files_are_one_line_errors(tmp_path):
-    """Text, a cut-off file, a pickle, a foreign npz, unknown constants: ValueError, never a
-    traceback from inside numpy nor code from the file. An absent file is an OSError."""
+    """The programs name text, a cut-off file, a pickle, a foreign npz, other constants and
+    an absent file in one line, and never run code from the file."""
     for i, constants in enumerate(BAD_CONSTANTS):
         star.save_theta(tmp_path / f"{i}.npz", SILENT, {"constants": constants})
     good = (tmp_path / "0.npz").read_bytes()
@@ -430,11 +431,9 @@ def test_bad_theta_files_are_one_line_errors(tmp_path):
     np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", **SILENT | {"w0": np.array([{}], dtype=object)})
     np.savez(tmp_path / "card.npz", card=np.array("no json"), **SILENT)
-    for path in tmp_path.iterdir():
-        with pytest.raises(ValueError, match=rf"{path.name} holds no theta[^\n]*\Z"):
-            star.load_theta(path)
-    with pytest.raises(OSError):
-        star.load_theta(tmp_path / "absent.npz")
+    for path in (*tmp_path.iterdir(), tmp_path / "absent.npz"):
+        with pytest.raises(store.UserError, match=rf"{path.name}[^\n]*\Z"):
+            store.read_theta(path, star.load_theta)
 
 
 # --- Files that users copy, and the README's example
