@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -51,14 +52,14 @@ class Text(NamedTuple):
 
 class DataSet(NamedTuple):
     name: str
-    folder: str  # where its files lie, in the user's folder or in the cache
+    folders: tuple  # below the user's folder; the first in the cache and archives, too
     read: Callable  # (data set, paths of its files) -> Images or Text
     files: dict  # name of each file to download -> its MD5
     address: str  # where to download them, with the "/" at its end
     sizes: tuple  # (pictures to train, to test), or (bytes of the stand-in,)
     shape: tuple = ()  # of a picture
     classes: int = 0
-    unpacked: tuple = ()  # names to look for where those of `files` are not
+    unpacked: tuple = ()  # names of the same data unpacked; (): `files` without .gz
     checksum: str = ""  # `Images.checksum` of the official data, where it is known
 
 
@@ -87,7 +88,7 @@ def load(data_set: DataSet, source: str = "auto", data_dir: str | Path | None = 
         return stand_in(data_set)
     root = data_dir or os.environ.get("STAR_DATA")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(cache, "star", data_set.folder)
+    folder = Path(cache, "star", data_set.folders[0])
     paths = find(Path(root).expanduser(), data_set) if root else []
     if data_dir and not paths:
         raise DataError(f"{data_dir} has no file of {data_set.name}")
@@ -107,15 +108,16 @@ def load(data_set: DataSet, source: str = "auto", data_dir: str | Path | None = 
 
 
 def find(root: Path, data_set: DataSet) -> list[Path]:
-    """The files, else the unpacked ones, in root/folder or root; [] if there is none.
+    """The files, else the unpacked ones, in one of root's folders or root; [] if none is.
 
     A name with a star stands for all that match.  Raises DataError when `root` is no
     folder, or when some of the files are missing.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder (looking for {data_set.name})")
-    places = root / data_set.folder, root
-    for names, folder in product((data_set.files, data_set.unpacked), places):
+    places = [root / folder for folder in data_set.folders] + [root]
+    unpacked = data_set.unpacked or [x.removesuffix(".gz") for x in data_set.files]
+    for names, folder in product((data_set.files, unpacked), places):
         found = {name: sorted(folder.glob(name)) for name in names}
         if all(found.values()):
             return sum(found.values(), [])
@@ -126,9 +128,11 @@ def find(root: Path, data_set: DataSet) -> list[Path]:
 
 
 def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
-    """`name` in `folder`, else downloaded, verified, written whole.  Raises OSError."""
+    """`name` in `folder`, else downloaded and written whole, or OSError.  Both verified."""
     path, url, digest = folder / name, data_set.address + name, data_set.files[name]
     if path.is_file():
+        if md5(path.read_bytes()).hexdigest() != digest:
+            raise DataError(f"{path} is damaged; delete it, and it is downloaded again")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url}", file=sys.stderr)
@@ -136,20 +140,22 @@ def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
         raw = response.read()
     if (found := md5(raw).hexdigest()) != digest:
         raise OSError(f"the MD5 of {name} is {found} instead of {digest}")
-    partial = path.with_name(f"{name}.{os.getpid()}.partial")
-    partial.write_bytes(raw)
-    return partial.replace(path)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        whole = Path(aside, name)
+        whole.write_bytes(raw)
+        return whole.replace(path)
 
 
 # --- reading.  What cannot be read raises DataError, or OSError with the file's name.
 def read_idx(data_set: DataSet, paths: list[Path]) -> Images:
-    """`Images` from the four gzipped idx files."""
+    """`Images` from the four idx files, gzipped or not."""
     arrays = []
     shapes = [x for n in data_set.sizes for x in ((n, *data_set.shape), (n,))]
     for path, shape in zip(paths, shapes, strict=True):
         header = np.array([0x0800 + len(shape), *shape], ">u4").tobytes()  # 08: uint8
-        try:
-            raw = zlib.decompress(path.read_bytes(), wbits=31)  # of the gzip format
+        raw = path.read_bytes()
+        try:  # 31: the gzip format
+            raw = zlib.decompress(raw, wbits=31) if path.suffix == ".gz" else raw
         except zlib.error as error:
             raise DataError(f"{path}: not a whole gzip file ({error})") from error
         if len(raw) != len(header) + prod(shape) or not raw.startswith(header):
@@ -173,7 +179,7 @@ def read_cifar(data_set: DataSet, paths: list[Path]) -> Images:
         if (found := md5(files[archive]).hexdigest()) != digest:
             raise DataError(f"{archive}: its MD5 is {found} instead of {digest}")
         with tarfile.open(archive) as tar:
-            names = [f"{data_set.folder}/{name}" for name in data_set.unpacked]
+            names = [f"{data_set.folders[0]}/{name}" for name in data_set.unpacked]
             files = {name: tar.extractfile(name).read() for name in names}
     size = first + prod(data_set.shape)
     for path, raw in files.items():
@@ -293,7 +299,7 @@ def stand_in_text(data_set: DataSet, sizes: tuple | None = None) -> Text:
 # --- the data sets
 FASHION_MNIST = DataSet(
     name="fashion-mnist",
-    folder="fashion-mnist",
+    folders=("fashion-mnist", "FashionMNIST/raw"),  # the second is torchvision's
     read=read_idx,
     files={
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -309,7 +315,7 @@ FASHION_MNIST = DataSet(
 )
 MNIST = FASHION_MNIST._replace(
     name="mnist",
-    folder="mnist",
+    folders=("mnist", "MNIST/raw"),
     files={
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -321,7 +327,7 @@ MNIST = FASHION_MNIST._replace(
 )
 CIFAR_10 = DataSet(
     name="cifar-10",
-    folder="cifar-10-batches-bin",
+    folders=("cifar-10-batches-bin",),
     read=read_cifar,
     files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
     address="https://www.cs.toronto.edu/~kriz/",
@@ -332,14 +338,14 @@ CIFAR_10 = DataSet(
 )
 CIFAR_100 = CIFAR_10._replace(
     name="cifar-100",
-    folder="cifar-100-binary",
+    folders=("cifar-100-binary",),
     files={"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
     classes=100,
     unpacked=("train.bin", "test.bin"),
 )
 TINY_SHAKESPEARE = DataSet(
     name="tinyshakespeare",
-    folder="text",
+    folders=("text",),
     read=read_text,
     files={"input.txt": "6fb458f1232090904fb40fe944165e91"},
     address="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
