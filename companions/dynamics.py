@@ -32,6 +32,7 @@ parameter, P the shape of a parameter tensor, M accumulators.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -70,69 +71,47 @@ class Modes(NamedTuple):
     start: np.ndarray  # (k,) what is left of the first state in each mode's step
     direct: float  # learning rate of a mode without memory (beta = 0)
     drift: float  # of each step
-    right: np.ndarray  # (k, k) right eigenvectors in its columns
-    left: np.ndarray  # (k, k) left eigenvectors in its rows; left @ right = identity
-    condition: float  # of `right`: above 1e6 the modes are nearly not independent
+    condition: float  # of the eigenvectors: above 1e6 they are hardly independent
 
 
 # --- linearisation
 
 
-def cell(optimizer: LearnedOptimizer, theta: Any) -> tuple[Callable, np.ndarray]:
-    """(step, start): the optimizer of one scalar parameter, its state a vector.
+def fixed_point(f: Callable, h: Any, iterations: int = 20) -> tuple[np.ndarray, float]:
+    """(h*, |f(h*) - h*|): Newton's method on the residual r = f(h) - h, from h.
 
-    step: (h (k,), g ()) -> (h' (k,), update ()); start: (k,). The parameter is held at 0.
-    Raises ValueError for a state with integers in it, such as STAR's count of steps: such
-    an optimizer has no fixed point.
-    """
-    param = jnp.zeros(())
-    state = optimizer.init(param)
-    for leaf in jax.tree.leaves(state):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"the state holds {leaf.dtype}: it has no fixed point")
-    start, unravel = ravel_pytree(state)
-
-    def step(h, g):
-        update, state = optimizer.update(theta, g, unravel(h), param)
-        return ravel_pytree(state)[0], update
-
-    return step, start
-
-
-def fixed_point(f: Callable, h: Any, iterations: int = 100, tolerance: float = 1e-12):
-    """(h*, |f(h*) - h*|): Levenberg's method on the residual, from h.
-
-    Each step solves (J'J + damping I) s = -J'r, and is taken where the residual falls;
-    damping near 0 is Newton's method. f may have a whole line of fixed points.
+    Each step is the shortest s that solves J s = -r: f may have a line of fixed points.
     """
     residual = jax.jit(lambda h: f(h) - h)
     jacobian = jax.jit(jax.jacfwd(residual))
-    h, damping = np.asarray(h), 1e-6
-    r = np.asarray(residual(h))
+    h = np.asarray(h)
     for _ in range(iterations):
-        if np.linalg.norm(r) < tolerance or damping > 1e9:
+        if np.linalg.norm(residual(h)) < 1e-12:
             break
-        system = np.concatenate([jacobian(h), np.sqrt(damping) * np.eye(len(h))])
-        target = np.concatenate([r, np.zeros(len(h))])
-        new = h - np.linalg.lstsq(system, target)[0]
-        new_r = np.asarray(residual(new))
-        if np.linalg.norm(new_r) < np.linalg.norm(r):
-            h, r, damping = new, new_r, damping / 10
-        else:
-            damping *= 10
-    return h, float(np.linalg.norm(r))
+        h = h - np.linalg.lstsq(jacobian(h), residual(h))[0]
+    return h, float(np.linalg.norm(residual(h)))
 
 
 def linearise(optimizer: LearnedOptimizer, theta: Any, settle: int = 1000) -> Linear:
     """The optimizer around the fixed point it comes to rest at when gradients are 0.
 
-    settle: steps without a gradient, from its first state, before `fixed_point`. All in
-    float64, whatever theta is. Warns where no fixed point is found (residual above 1e-6).
+    For one scalar parameter, held at 0, in float64 whatever theta is. settle: steps
+    without a gradient, from the first state, before `fixed_point`. Warns where none is
+    found (residual above 1e-6). Raises ValueError for a state with integers in it, such as
+    STAR's count of steps: such an optimizer has no fixed point.
     """
     with jax.enable_x64(True):
         theta = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), theta)
-        step, start = cell(optimizer, theta)
         zero = jnp.zeros(())
+        state = optimizer.init(zero)
+        for leaf in jax.tree.leaves(state):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(f"the state holds {leaf.dtype}: it has no fixed point")
+        start, unravel = ravel_pytree(state)
+
+        def step(h, g):  # (k,), () -> (k,), ()
+            update, state = optimizer.update(theta, g, unravel(h), zero)
+            return ravel_pytree(state)[0], update
 
         def rest(h):
             return step(h, zero)[0]
@@ -171,18 +150,8 @@ def modes_of(system: Linear) -> Modes:
         start=start[order],
         direct=-system.d - float(alpha.sum().real),
         drift=system.drift,
-        right=right[:, order],
-        left=left[order],
         condition=float(np.linalg.cond(right)),
     )
-
-
-def response(modes: Modes, steps: int) -> np.ndarray:
-    """(steps,) minus the update k = 0, 1, ... steps after a gradient of 1."""
-    powers = modes.momentum[None] ** np.arange(steps)[:, None]
-    out = (powers * modes.learning_rate[None]).sum(1).real
-    out[0] += modes.direct
-    return out
 
 
 def keep_modes(modes: Modes, keep: int | None) -> np.ndarray:
@@ -200,27 +169,23 @@ def reduced(modes: Modes, keep: int | None = None, rest: bool = True):
     rest: False leaves out what the gradients did not cause: the way from the first state
     to the fixed point, and the drift u* there.
     """
+    if not rest:
+        modes = modes._replace(start=0 * modes.start, drift=0.0)
     index = keep_modes(modes, keep)
-    beta, alpha, start = (
-        np.asarray(x[index], np.complex64)
-        for x in (modes.momentum, modes.learning_rate, modes.start)
-    )
-
-    def along(x, p):  # (k,) -> (k, 1, ... 1), as many as p has axes
-        return x.reshape(-1, *[1] * p.ndim)
+    chosen = modes.momentum, modes.learning_rate, modes.start
+    beta, alpha, start = (np.complex64(x[index]) for x in chosen)
+    direct, drift = np.float32([modes.direct, modes.drift])
 
     def init(params):
         def one(p):
-            first = along(start if rest else 0 * start, p)
-            return jnp.broadcast_to(jnp.asarray(first), (len(index), *p.shape))
+            return jnp.multiply.outer(start, jnp.ones_like(p))
 
         return jax.tree.map(one, params)
 
     def update(theta, grads, state, params):
         def one(g, y):
-            y = along(beta, g) * y - along(alpha, g) * g[None]
-            step = y.real.sum(0) - np.float32(modes.direct) * g
-            return step + np.float32(modes.drift if rest else 0), y
+            y = jax.vmap(lambda beta, alpha, y: beta * y - alpha * g)(beta, alpha, y)
+            return y.real.sum(0) - direct * g + drift, y
 
         both = jax.tree.map(one, grads, state)
         return jax.tree.transpose(jax.tree.structure(grads), None, both)
@@ -272,9 +237,8 @@ def accumulator_rates(optimizer, theta, decays, grads, state, params, entries):
 
         return jax.jvp(update_at, (0.0,), (1.0,))[1]
 
-    count, each = len(decays), len(jax.tree.leaves(entries)[0])
-    k, n = jnp.divmod(jnp.arange(count * each), each)
-    slopes = jax.lax.map(lambda pair: slope(*pair), (k, n))
+    numbers = jnp.arange(len(jax.tree.leaves(entries)[0]))
+    means = jnp.arange(len(decays))
+    slopes = jax.lax.map(lambda k: jax.lax.map(partial(slope, k), numbers), means)
     # the slope by m_k' is that by m_k over beta_k
-    scale = ((1 - decays) / decays)[:, None]
-    return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)
+    return jax.tree.map(lambda s: -((1 - decays) / decays)[:, None] * s, slopes)
