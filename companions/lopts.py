@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,19 @@ class LearnedOptimizer(NamedTuple):
     init_theta: Callable  # key -> theta
     init: Callable  # params -> state
     update: Callable  # (theta, grads, state, params) -> (updates to add, state)
+
+
+def in_float32(optimizer: LearnedOptimizer) -> LearnedOptimizer:
+    """Its state and numbers at least float32, its updates of each parameter's dtype."""
+
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, "f4")), tree)
+
+    def update(theta, grads, state, params):
+        updates, state = optimizer.update(theta, wide(grads), state, wide(params))
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
+
+    return optimizer._replace(init=lambda p: optimizer.init(wide(p)), update=update)
 
 
 def truncated_normal(key: jax.Array, shape: tuple, fan_in: int) -> jax.Array:
@@ -96,7 +110,7 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
         updates = jax.tree.map(one, grads, momenta, params)
         return updates, MLPState(momenta=momenta, step=state.step + 1)
 
-    return LearnedOptimizer(init_theta, init, update)
+    return in_float32(LearnedOptimizer(init_theta, init, update))
 
 
 @partial(jax.checkpoint, prevent_cse=False)
@@ -151,7 +165,7 @@ def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
         both = jax.tree.map(one, grads, state)
         return jax.tree.transpose(jax.tree.structure(grads), None, both)
 
-    return LearnedOptimizer(init_theta, init, update)
+    return in_float32(LearnedOptimizer(init_theta, init, update))
 
 
 # --- hand-designed optimizers with learned hyperparameters
@@ -161,9 +175,8 @@ DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1); all others are above 0
 
 def encode(hyperparameters: dict) -> dict:
     """Values -> theta: log of what is above 0, logit of a decay, each () float32."""
-
     return {
-        name: np.float32(math.log(x / (1 - x) if name in DECAYS else x))
+        name: jnp.float32(math.log(x / (1 - x) if name in DECAYS else x))
         for name, x in hyperparameters.items()
     }
 
@@ -184,11 +197,8 @@ def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
     def update(theta, grads, state, params):
         return make(**decode(theta)).update(grads, state, params)
 
-    return LearnedOptimizer(
-        init_theta=lambda key: {k: jnp.asarray(x) for k, x in encode(start).items()},
-        init=lambda params: make(**start).init(params),
-        update=update,
-    )
+    init = make(**start).init
+    return in_float32(LearnedOptimizer(lambda key: encode(start), init, update))
 
 
 LEARNED = {
@@ -209,17 +219,19 @@ LEARNED = {
 def load_theta(path: Any) -> tuple[dict, LearnedOptimizer]:
     """(theta, optimizer) from a `.npz` whose "card" (JSON) has an "optimizer" of LEARNED.
 
-    OSError where the file cannot be read; ValueError, in one line, where it is no theta.
+    Arrays with a "/" in their name are skipped. OSError where the file cannot be read;
+    ValueError, in one line, where it is no theta.
     """
-    with open(path, "rb") as file:
-        try:
-            arrays = dict(np.load(file))
-            optimizer = LEARNED[json.loads(str(arrays["card"]))["optimizer"]]
-            like = jax.eval_shape(optimizer.init_theta, jax.random.key(0))
-            theta = {name: jnp.asarray(arrays[name], jnp.float32) for name in like}
-            for name, x in theta.items():
-                if x.shape != like[name].shape or not np.isfinite(x).all():
-                    raise ValueError(f"{name} is not {like[name].shape} finite numbers")
-        except Exception as error:
-            raise ValueError(f"{path} is no theta of lopts.py: {error!r}") from error
-    return theta, optimizer
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            optimizer = LEARNED[json.loads(str(file["card"]))["optimizer"]]
+            names = [name for name in file.files if name != "card" and "/" not in name]
+            theta = {name: np.asarray(file[name], np.float32) for name in names}
+    except (ValueError, TypeError, LookupError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} is no theta of lopts.py: {error!r}") from error
+    like = jax.eval_shape(optimizer.init_theta, jax.random.key(0))
+    expected = {name: x.shape for name, x in like.items()}
+    finite = all(np.isfinite(x).all() for x in theta.values())
+    if {name: x.shape for name, x in theta.items()} != expected or not finite:
+        raise ValueError(f"{path} is no theta of lopts.py: not finite of {expected}")
+    return jax.tree.map(jnp.asarray, theta), optimizer

@@ -1,6 +1,8 @@
 """The other learned optimizers: Metz's network, the GRU, hand-designed rules as theta."""
 
+import pathlib
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,41 @@ def test_update_compiles_once_and_keeps_its_state(optimizer):
     for t in range(3):
         _, state = update(theta, grads_at(t), state, PARAMS)
     assert update._cache_size() == 1 and jax.tree.map(jax.typeof, state) == before
+
+
+def scanned(optimizer, theta, dtype):
+    """((parameters, state), updates) of three steps in a scan, parameters of this dtype."""
+    both = PARAMS, jax.vmap(grads_at)(jnp.arange(3.0))
+    params, grads = jax.tree.map(lambda x: x.astype(dtype), both)
+
+    def step(carry, grads):
+        updates, state = optimizer.update(theta, grads, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), updates
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), grads)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", lopts.LEARNED.values(), ids=lopts.LEARNED)
+def test_short_floats_have_updates_of_their_own_and_float32_state(optimizer, dtype):
+    """Three steps in a scan end near those in float32."""
+    theta = jax.tree.map(lambda x: x + 0.1, optimizer.init_theta(KEY))
+    (params, state), updates = scanned(optimizer, theta, dtype)
+    for x in jax.tree.leaves((params, updates)):
+        assert x.dtype == dtype
+    for x in jax.tree.leaves(state):
+        assert x.dtype in (jnp.float32, jnp.int32)
+    (expected, _), _ = scanned(optimizer, theta, "float32")
+    for name, x in expected.items():
+        np.testing.assert_allclose(np.float32(params[name]), x, rtol=0.03, atol=0.03)
+
+
+def test_a_theta_is_not_blamed_for_jax(monkeypatch):
+    """Without a backend JAX's own error is raised, not that the file is no theta."""
+    weights = pathlib.Path(__file__).parents[1] / "weights"
+    monkeypatch.setattr(jax.random, "key", Mock(side_effect=RuntimeError("no backend")))
+    with pytest.raises(RuntimeError, match="no backend"):
+        lopts.load_theta(weights / "gru_rosenbrock.npz")
 
 
 def test_theta_files(tmp_path):
