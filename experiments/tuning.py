@@ -7,6 +7,7 @@ already. `tuned.json` beside this module is the file that eval.py reads.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -25,7 +26,7 @@ import optax
 
 from baselines import BASELINES, LEARNING_RATES, as_theta, curves, from_optax
 from experiments.catalogue import SUITES, TASKS
-from store import Arguments, UserError, clock, run_command, write_atomically
+from store import Arguments, UserError, clock, fcntl, run_command, write_atomically
 
 TUNED = pathlib.Path(__file__).resolve().parent / "tuned.json"
 SEARCH_SEED = 30_000  # apart from the seeds of training and of evaluation
@@ -212,11 +213,20 @@ def load_tuned(path: str | pathlib.Path = TUNED) -> dict[tuple[str, str, int], d
         raise UserError(f"{path} is not a file of tuned baselines") from None
 
 
-def save_tuned(path: pathlib.Path, results: dict) -> None:
-    """One result a line, by task, optimizer and steps."""
-    lines = [json.dumps(results[key], allow_nan=False) for key in sorted(results)]
-    text = "[\n" + ",\n".join(lines) + "\n]\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+def save_tuned(path: pathlib.Path, result: dict) -> None:
+    """Adds a result to the file: one a line, by task, optimizer and steps.
+
+    The file is read again under a lock, so that two searches at once lose nothing.
+    """
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load_tuned(path)
+        results[result["task"], result["optimizer"], result["steps"]] = result
+        lines = [json.dumps(results[key], allow_nan=False) for key in sorted(results)]
+        text = "[\n" + ",\n".join(lines) + "\n]\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def reporter(label: str, steps: int) -> Callable:
@@ -267,7 +277,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     path = pathlib.Path(args.out)
-    results = load_tuned(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for task, optimizer in itertools.product(args.task, args.optimizers):
         data, about = TASKS[task].load(args.data, args.data_dir)
@@ -275,13 +284,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = dict(task=task, optimizer=optimizer, budget=budget, steps=args.steps)
         asked |= {k: about[k] for k in ("dataset", "dataset_checksum", "stand_in")}
         asked |= {"seed": args.seed, "criterion": CRITERION}
-        label, which = f"{task} {optimizer}", (task, optimizer, args.steps)
-        if asked.items() <= results.get(which, {}).items():
+        label, there = f"{task} {optimizer}", load_tuned(path)
+        if asked.items() <= there.get((task, optimizer, args.steps), {}).items():
             print(f"{label}: in {path} already", flush=True)
             continue
-        results[which] = tune(asked, data, reporter(label, args.steps))
-        save_tuned(path, results)
-        print(line(results[which]), flush=True)
+        result = tune(asked, data, reporter(label, args.steps))
+        save_tuned(path, result)
+        print(line(result), flush=True)
     print(f"results in {path}")
     return 0
 
