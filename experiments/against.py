@@ -54,7 +54,7 @@ def import_library(folder: str | pathlib.Path, *names: str) -> list[Any]:
             sys.modules[name] = mock.MagicMock(__spec__=spec)
     try:
         return [importlib.import_module(f"learned_optimization.{n}") for n in names]
-    except Exception as error:
+    except (ImportError, AttributeError) as error:  # for another Python or JAX
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"learned_optimization does not import: {reason}") from error
 
