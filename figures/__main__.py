@@ -1,7 +1,8 @@
 """Figures by name: `python -m figures NAME` writes NAME.png and NAME.json.
 
-FIGURES maps NAME to (compute: args of the command line -> result, title, about; plot:
-result, pyplot -> figure). What a result holds under "curves" is drawn, not written.
+FIGURES maps NAME to compute and plot. compute: args of the command line -> (result, title,
+about the data). plot(figure, result) draws on an empty figure. What a result holds under
+"curves" is drawn, not written.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import star
@@ -32,54 +33,49 @@ from tasks import TASKS
 BETA3 = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0)
 
 
-def compute_betas(build: Any, data: Any, steps: int, theta_seeds: int) -> dict:
-    """What beta3 does before any meta-training: losses of untrained networks.
+def compute_betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
+    """What beta3 does before any meta-training: losses of three untrained networks.
 
-    Returns mean_loss (beta3, theta seeds) over the first `steps` inner steps, in nats and
-    unclipped, and curves (beta3, theta seeds, steps).
+    Returns mean_loss (beta3, 3) over the inner steps, in nats and unclipped, and curves
+    (beta3, 3, steps).
     """
+    name, steps = ("fmnist_small", 100) if args.quick else ("fmnist", 500)
+    data, about = TASKS[name].load(args.data, args.data_dir)
 
     def update(theta, *asked):  # beta3 is part of theta: all of them in one program
         constants = star.PAPER._replace(beta3=theta["beta3"])
         return star_fast.learned_optimizer(constants).update(theta["theta"], *asked)
 
-    keys = jax.random.split(jax.random.key(0), theta_seeds)
+    keys = jax.random.split(jax.random.key(0), 3)
     thetas = [star.init_theta(key, star.PAPER) for key in keys]
     both = [{"theta": x, "beta3": np.float32(beta3)} for beta3 in BETA3 for x in thetas]
     optimizer = star_fast.PRESETS["star"]._replace(update=update)
     run_key = jax.random.split(jax.random.key(1), 1)
-    losses = curves(build, data, optimizer, both, run_key, steps).losses[:, 0]
-    losses = losses.reshape(len(BETA3), theta_seeds, steps)
-    return {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
-
-
-def plot_betas(result: dict, plt: Any) -> Any:
-    """Left: the loss over inner time. Right: its mean against beta3, a dot per theta."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    ticks, labels = [max(b, 1e-8) for b in BETA3], [f"{b:g}" for b in BETA3]
-    for i, losses in enumerate(result["curves"]):
-        x = np.arange(1, losses.shape[1] + 1)
-        left.plot(x, losses[0], f"C{i}", lw=0.8, label=f"beta3 = {labels[i]}")
-        left.plot(x, losses[1:].T, f"C{i}", lw=0.8)
-        right.plot([ticks[i]] * len(losses), result["mean_loss"][i], f"C{i}o")
-    right.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
-    for axes, name in ((left, "inner steps"), (right, "beta3")):
-        axes.set(xlabel=name, xscale="log", yscale="log")
-        axes.legend(fontsize=8)
-    right.set_xticks(ticks, labels)
-    left.set(ylabel="training loss (nats)")
-    right.set(ylabel="mean training loss (nats)")
-    return figure
-
-
-def figure_betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
-    name, steps = ("fmnist_small", 100) if args.quick else ("fmnist", 500)
-    data, about = TASKS[name].load(args.data, args.data_dir)
-    result = compute_betas(TASKS[name].build, data, steps, theta_seeds=3)
+    losses = curves(TASKS[name].build, data, optimizer, both, run_key, steps).losses
+    losses = losses.reshape(len(BETA3), len(thetas), steps)
+    result = {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
     return result, f"STAR with an untrained network, {name}: {about['dataset']}", about
 
 
-FIGURES = {"betas": (figure_betas, plot_betas), **star_runs.FIGURES}
+def plot_betas(figure: Figure, result: dict) -> None:
+    """Left: the loss over inner time. Right: its mean against beta3, a dot per theta."""
+    left, right = figure.subplots(1, 2)
+    ticks, labels = [max(b, 1e-8) for b in BETA3], [f"{b:g}" for b in BETA3]
+    for i, losses in enumerate(result["curves"]):
+        x = np.arange(1, losses.shape[1] + 1)
+        left.plot(x, losses.T, f"C{i}", lw=0.8)
+        left.lines[-1].set_label(f"beta3 = {labels[i]}")
+        right.plot([ticks[i]] * len(losses), result["mean_loss"][i], f"C{i}o")
+    right.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
+    left.set(ylabel="training loss (nats)", xlabel="inner steps")
+    right.set(ylabel="mean training loss (nats)", xlabel="beta3")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log")
+        axes.legend(fontsize=8)
+    right.set_xticks(ticks, labels)
+
+
+FIGURES = {"betas": (compute_betas, plot_betas, (10, 4.2)), **star_runs.FIGURES}
 FIGURES |= star_learned.FIGURES | stability.FIGURES | metz_chaos.FIGURES
 FIGURES |= metz_truncation.FIGURES | metz_estimators.FIGURES | maheswaranathan.FIGURES
 
@@ -109,7 +105,7 @@ def parse(argv: Any = None) -> argparse.Namespace:
 
 def main(argv: Any = None) -> int:
     args = parse(argv)
-    name, (compute, plot) = args.figure, FIGURES[args.figure]
+    name, (compute, plot, size) = args.figure, FIGURES[args.figure]
     folder = pathlib.Path(args.out or f"runs/figure-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     with store.only_run_in(folder):
@@ -117,10 +113,10 @@ def main(argv: Any = None) -> int:
         summary = finite({k: v for k, v in result.items() if k != "curves"})
         report = {"title": title, "quick": args.quick, **about, **summary}
         store.save_json(folder / f"{name}.json", report)
-        figure = plot(result, plt)
+        figure = Figure(figsize=size, layout="constrained")
+        plot(figure, result)
         figure.suptitle(title)
         store.save_figure(folder / f"{name}.png", figure)
-        plt.close(figure)
     print((folder / f"{name}.json").read_text(), end="")
     print(f"figure in {folder / f'{name}.png'}")
     return 0

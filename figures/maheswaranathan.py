@@ -4,7 +4,6 @@
 trained the GRU optimizers in weights/.
 """
 
-import pathlib
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 import star
 import star_fast
@@ -19,9 +21,11 @@ import tasks
 from baselines import from_optax
 from companions import dynamics, problems
 from companions.lopts import load_theta
+from eval import WEIGHTS
+from figures.stability import UNIT_CIRCLE
+from figures.star_learned import snapshots
 from store import read_card
 
-WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
 ABOUT = {"dataset": "drawn from its formula", "stand_in": False}
 TASKS = ("linear_regression", "rosenbrock", "two_moons")
 STAGES = {"early": "linear_regression_early", "trained": "linear_regression"}
@@ -107,7 +111,7 @@ def tune(task: str, name: str, size: tuple) -> dict:
 
 
 # --- figures 10 to 12: the maps of hyperparameters
-def compute_maps(args: Any, task: str) -> tuple[dict, str, dict]:
+def compute_maps(task: str, args: Any) -> tuple[dict, str, dict]:
     """Random search of every baseline on a task, and its best on fresh problems."""
     size = size_of(task, args.quick)
     tuned = {name: tune(task, name, size) for name in BASELINES}
@@ -123,12 +127,12 @@ def compute_maps(args: Any, task: str) -> tuple[dict, str, dict]:
     return result, f"{task.replace('_', ' ')}: {size[0]} configurations each", ABOUT
 
 
-def plot_maps(result: dict, plt: Any) -> Any:
+def plot_maps(figure: Figure, result: dict) -> None:
     """A dot for each configuration, dark for good, one colour scale; a star: the best."""
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
     shown = [(name, k) for name, (_, *decays) in BASELINES.items() for k in decays]
     objectives = [x["objective"] for x in result["curves"].values()]
-    norm = plt.matplotlib.colors.LogNorm(*np.percentile(objectives, [0, 80]))
+    norm = LogNorm(*np.percentile(objectives, [0, 80]))
     for axis, (name, decay) in zip(axes, shown, strict=True):
         tuned = result["curves"][name]
         objective, found = tuned["objective"], tuned["tried"]
@@ -143,7 +147,6 @@ def plot_maps(result: dict, plt: Any) -> Any:
         axis.invert_yaxis()
         axis.legend(fontsize=8, loc="lower left")
     figure.colorbar(dots, ax=axes, extend="max", label="meta-objective (mean loss)")
-    return figure
 
 
 # --- figure 9: performance
@@ -181,10 +184,9 @@ def compute_9(args: Any) -> tuple[dict, str, dict]:
     return result, f"mean loss over {STEPS} steps, fresh problems", ABOUT
 
 
-def plot_9(result: dict, plt: Any) -> Any:
+def plot_9(figure: Figure, result: dict) -> None:
     """A panel for each task; error bars are standard errors over problems."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    names, tests = result["optimizer"], result["tests"]
+    axes, names = figure.subplots(1, 3), result["optimizer"]
     for i, axis in enumerate(axes):
         mean, error = result["mean_loss"][i], result["standard_error"][i]
         low = np.minimum(error, 0.9 * mean)  # a log axis has no 0
@@ -192,16 +194,15 @@ def plot_9(result: dict, plt: Any) -> Any:
         axis.scatter(names, mean, c=["0.6"] * len(BASELINES) + ["C3"], s=50, zorder=3)
         for x, y in enumerate(mean):
             axis.text(x, y + error[x], f"{y:.3g}", ha="center", va="bottom", fontsize=8)
-        axis.set_title(f"{TASKS[i].replace('_', ' ')}, {tests[i]} problems")
+        axis.set_title(f"{TASKS[i].replace('_', ' ')}, {result['tests'][i]} problems")
         axis.set(yscale="log", xlim=(-0.5, len(names) - 0.5))
         axis.set_ylim((mean - low).min() / 1.5, (mean + error).max() * 1.8)
         axis.tick_params(axis="x", labelsize=8)
     axes[0].set_ylabel(f"mean loss over {STEPS} steps")
-    return figure
 
 
 # --- figure 7: the linear regression optimizer, taken apart
-def compute_7(args: Any, title: str, keep: int = 0) -> tuple[dict, str, dict]:
+def compute_7(title: str, args: Any, keep: int = 0) -> tuple[dict, str, dict]:
     """The modes of both stages, beside momentum tuned on the task and by theory.
 
     keep: a number of modes. Given, also losses on the test problems: of each stage of the
@@ -240,23 +241,21 @@ def compute_7(args: Any, title: str, keep: int = 0) -> tuple[dict, str, dict]:
     return result, f"GRU on linear regression: {title}", ABOUT
 
 
-def panels(result: dict, plt: Any, size: tuple, **options: Any) -> tuple:
-    """(figure, axes): a panel with a title for each stage."""
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", **options)
-    for i, axis in enumerate(axes):
-        axis.set_title(f"{result['stage'][i]}: {result['meta_steps'][i]} meta-steps")
-    return figure, axes
+def panels(figure: Figure, result: dict, **options: Any) -> Any:
+    """Axes: a panel with a title for each stage."""
+    axes = figure.subplots(1, 2, **options)
+    for axis, *words in zip(axes, result["stage"], result["meta_steps"], strict=True):
+        axis.set_title("{}: {} meta-steps".format(*words))
+    return axes
 
 
-def plot_7a(result: dict, plt: Any) -> Any:
+def plot_7a(figure: Figure, result: dict) -> None:
     """Eigenvalues of the Jacobian at the fixed point; colour: the long-run step."""
-    figure, axes = panels(result, plt, (10, 4.6))
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
-    _, tuned = result["tuned_momentum"]
+    axes, (_, tuned) = panels(figure, result), result["tuned_momentum"]
     for axis, modes in zip(axes, result["curves"]["modes"], strict=True):
-        axis.plot(circle.real, circle.imag, "0.7", lw=1)
+        axis.plot(*UNIT_CIRCLE, "0.7", lw=1)
         weight = np.abs(modes.learning_rate / (1 - modes.momentum))
-        norm = plt.matplotlib.colors.LogNorm(weight.max() / 1e3, weight.max())
+        norm = LogNorm(weight.max() / 1e3, weight.max())
         order = np.argsort(weight)  # the strongest on top
         beta, style = modes.momentum[order], dict(cmap="viridis_r", ec="k", lw=0.5)
         dots = axis.scatter(beta.real, beta.imag, 45, weight[order], norm=norm, **style)
@@ -265,12 +264,11 @@ def plot_7a(result: dict, plt: Any) -> Any:
         axis.legend(fontsize=8, loc="lower left")
         figure.colorbar(dots, ax=axis, label="|alpha / (1 - beta)|, long-run step")
     axes[0].set_ylabel("imaginary part")
-    return figure
 
 
-def plot_7b(result: dict, plt: Any) -> Any:
+def plot_7b(figure: Figure, result: dict) -> None:
     """Momentum and learning rate of each mode; the stars: tuned momentum and theory."""
-    figure, axes = panels(result, plt, (10, 4.2), sharey=True)
+    axes = panels(figure, result, sharey=True)
     for axis, modes in zip(axes, result["curves"]["modes"], strict=True):
         beta, alpha = modes.momentum, modes.learning_rate
         single = np.abs(beta.imag) < 1e-9
@@ -294,13 +292,11 @@ def plot_7b(result: dict, plt: Any) -> Any:
         axis.minorticks_off()
         axis.legend(fontsize=8, loc="lower left")
     axes[0].set_ylabel("|alpha|, learning rate of the mode")
-    return figure
 
 
-def plot_7c(result: dict, plt: Any) -> Any:
+def plot_7c(figure: Figure, result: dict) -> None:
     """Mean losses over the test problems: the optimizer and what is left of it."""
-    figure, axes = panels(result, plt, (11, 4.4), sharey=True)
-    losses = result["curves"]["losses"]
+    axes, losses = panels(figure, result, sharey=True), result["curves"]["losses"]
     tuned = losses["tuned momentum"]
     for axis, stage in zip(axes, result["stage"], strict=True):
         label = f"tuned momentum: {tuned.mean():.3g}"
@@ -312,7 +308,6 @@ def plot_7c(result: dict, plt: Any) -> Any:
         axis.set(yscale="log", xlabel="inner steps", ylim=(1e-5, 30))
         axis.legend(fontsize=8)
     axes[0].set_ylabel(f"mean loss over {len(tuned)} problems")
-    return figure
 
 
 # --- STAR under the same lens
@@ -326,30 +321,21 @@ def compute_modes_star(args: Any) -> tuple[dict, str, dict]:
     """
     spec = tasks.TASKS["fmnist"]
     data, about = spec.load(args.data, args.data_dir)
-    snapshots, entries = ((10, 50), 8) if args.quick else ((10, 100, 1000, 3000), 64)
+    at, entries = ((10, 50), 8) if args.quick else ((10, 100, 1000, 3000), 64)
     theta, constants = star.load_theta(WEIGHTS / "star_fmnist.npz")
     optimizer = star_fast.learned_optimizer(constants)
     decays = star.learned_decay(star.DECAYS, theta["momentum_decays"])
-    build, key = partial(spec.build, data), jax.random.key(TEST_SEED)
-
-    @jax.jit
-    def advance(carry, first, last):
-        def one(t, carry):
-            step_key = jax.random.fold_in(key, t)
-            return tasks.inner_step(build, optimizer, theta, carry, step_key)[0]
-
-        return jax.lax.fori_loop(first, last, one, carry)
+    build, run_key = partial(spec.build, data), jax.random.key(TEST_SEED)
 
     def entries_of(i, p):
-        return jax.random.randint(jax.random.fold_in(key, i), (entries,), 0, p.size)
+        return jax.random.randint(jax.random.fold_in(run_key, i), (entries,), 0, p.size)
 
-    @jax.jit
-    def rates(carry, t):
-        task, (params, state, _) = build(key), carry
-        batch = task.batch(jax.random.fold_in(key, t), "train")
-        now = jax.grad(task.loss)(params, key, batch), state, params
+    def rates(task, carry, key):
+        params, state, _ = carry
+        grads = jax.grad(task.loss)(params, key, task.batch(key, "train"))
         leaves, tree = jax.tree.flatten(params)
         index = tree.unflatten([entries_of(i, p) for i, p in enumerate(leaves)])
+        now = grads, state, params
         alpha = dynamics.accumulator_rates(optimizer, theta, decays, *now, index)
         _, new = optimizer.update(theta, *now)
 
@@ -359,13 +345,10 @@ def compute_modes_star(args: Any) -> tuple[dict, str, dict]:
         scaled = jax.tree.map(times_v, alpha, index, new.tensors)
         return jnp.concatenate(jax.tree.leaves(scaled), 1)  # (M, all entries)
 
-    carry, done, found = tasks.fresh(build, optimizer, key), 0, []
-    for t in snapshots:
-        carry, done = advance(carry, done, t), t
-        found.append(np.asarray(rates(carry, jnp.int32(t))))
-    found, decays = np.array(found), np.asarray(decays)  # (snapshots, M, n), (M,)
+    run = partial(snapshots, build, optimizer, theta, run_key, run_key, at, rates)
+    found, decays = np.asarray(jax.jit(run)()), np.asarray(decays)  # (S, M, n), (M,)
     result = {
-        "inner_step": snapshots,
+        "inner_step": at,
         "decay": decays,
         "timescale": 1 / (1 - decays),
         "nominal": constants.beta1 * (1 - decays) / len(decays),
@@ -376,13 +359,11 @@ def compute_modes_star(args: Any) -> tuple[dict, str, dict]:
     return result, f"STAR's running means as modes: {about['dataset']}", about
 
 
-def plot_modes_star(result: dict, plt: Any) -> Any:
+def plot_modes_star(figure: Figure, result: dict) -> None:
     """Learning rate by timescale, a dot for each parameter, a colour for each snapshot."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    axis, rng = figure.subplots(), np.random.default_rng(0)
     alpha, times = result["curves"]["alpha"], result["timescale"]
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(alpha)))
-    rng = np.random.default_rng(0)
-    for s, color in enumerate(colors):
+    for s, color in enumerate(colormaps["viridis"](np.linspace(0, 0.9, len(alpha)))):
         x = times[:, None] * 1.12 ** (s - (len(alpha) - 1) / 2)  # (M, 1)
         around = x * np.exp(0.02 * rng.normal(size=alpha[s].shape))
         axis.plot(around.T, alpha[s].T, ".", ms=2.5, color=color, alpha=0.5)
@@ -395,16 +376,19 @@ def plot_modes_star(result: dict, plt: Any) -> Any:
     axis.set(xscale="log", xlabel="timescale 1 / (1 - beta_k), inner steps")
     axis.set(ylabel="learning rate alpha_k, times v")
     axis.legend(fontsize=8)
-    return figure
 
 
 FIGURES = {
-    "gru7a": (partial(compute_7, title="eigenvalues at the fixed point"), plot_7a),
-    "gru7b": (partial(compute_7, title="modes as hyperparameters"), plot_7b),
-    "gru7c": (partial(compute_7, title="what its modes do alone", keep=3), plot_7c),
-    "gru9": (compute_9, plot_9),
-    "gru10": (partial(compute_maps, task="linear_regression"), plot_maps),
-    "gru11": (partial(compute_maps, task="rosenbrock"), plot_maps),
-    "gru12": (partial(compute_maps, task="two_moons"), plot_maps),
-    "modes_star": (compute_modes_star, plot_modes_star),
+    "gru7a": (partial(compute_7, "eigenvalues at the fixed point"), plot_7a, (10, 4.6)),
+    "gru7b": (partial(compute_7, "modes as hyperparameters"), plot_7b, (10, 4.2)),
+    "gru7c": (
+        partial(compute_7, "what its modes do alone", keep=3),
+        plot_7c,
+        (11, 4.4),
+    ),
+    "gru9": (compute_9, plot_9, (11, 3.8)),
+    "gru10": (partial(compute_maps, "linear_regression"), plot_maps, (15, 4)),
+    "gru11": (partial(compute_maps, "rosenbrock"), plot_maps, (15, 4)),
+    "gru12": (partial(compute_maps, "two_moons"), plot_maps, (15, 4)),
+    "modes_star": (compute_modes_star, plot_modes_star, (8, 5)),
 }

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from data import about_formula
 from estimators import clip_loss
@@ -25,9 +26,7 @@ ROOT = 57**0.5
 BARRIER, GLOBAL_MINIMUM = (21 - ROOT) / 8, (21 + ROOT) / 8  # 1.681, 3.569; the other: 0
 TOY_LIMIT = 40.0  # what a diverged run of the toy counts as; l(w_0) is 31.4
 SIGMA = 0.01  # of the variational loss: the paper's, but see each figure for its unit
-CENTER = np.log(
-    [1.2, 1 - 0.9]
-)  # of 2f: ln(rate), ln(1 - momentum); 2e has this momentum
+CENTER = np.log([1.2, 1 - 0.9])  # ln(rate), ln(1 - momentum) of 2f; the latter of 2e
 
 
 def grid_for(low: float, high: float, spacing: float) -> tuple[np.ndarray, slice]:
@@ -48,11 +47,8 @@ def smoothed(values: np.ndarray, spacing: float, axis: int = -1) -> tuple:
     weight = np.exp(-0.5 * (offset / SIGMA) ** 2)
     weight /= weight.sum()
     tilted = weight * offset / (weight * offset**2).sum()  # exact where L is linear
-
-    def along(kernel):
-        return np.apply_along_axis(np.correlate, axis, values, kernel, "valid")
-
-    return along(weight), along(tilted)
+    along = partial(np.apply_along_axis, np.correlate, axis, values)
+    return along(weight, "valid"), along(tilted, "valid")
 
 
 def slope_bound(values: np.ndarray) -> np.ndarray:
@@ -106,12 +102,10 @@ def loss_and_slope(setting: Callable, steps: int) -> Callable:
 def first_threshold(setting: Callable, grid: np.ndarray) -> float:
     """The first theta of a run past the barrier: a grid within the grid, to a rounding."""
     past = jax.jit(jax.vmap(lambda theta: toy_run(*setting(theta), 400)[-1] > BARRIER))
-    low, high = grid[0], grid[-1]
-    while np.nextafter(low, high) < high:
-        grid = np.linspace(low, high, len(grid))
+    while np.nextafter(grid[0], grid[-1]) < grid[-1]:
         at = int(np.argmax(past(grid)))
-        low, high = grid[at - 1], grid[at]
-    return float(high)
+        grid = np.linspace(grid[at - 1], grid[at], len(grid))
+    return float(grid[-1])
 
 
 def growth_at_barrier(learning_rate: float, momentum: float) -> float:
@@ -129,11 +123,9 @@ def compute_toy(setting: Callable, ends: Any, spacing: float, horizons: list) ->
     """The final loss of the toy against theta at each horizon T, raw and smoothed.
 
     setting: theta -> (learning rate, momentum). ends: the least and the largest theta.
-
-    Returns, by horizon, the largest |d l(w_T) / d theta|: by autodiff on the grid and near
-    the first threshold between the minima, which no grid resolves; of the smoothed loss,
-    with its bound. Also the threshold, and the growth that `growth_at_barrier` predicts
-    there. curves: theta (G,), w (G, T), the losses (T, G), the largest slopes (T,).
+    The first threshold lies between runs that end in different minima. No grid resolves
+    the largest |d l(w_T) / d theta| near it. So it stands beside that on the grid, by
+    autodiff both. curves: theta (G,), w (G, T), the losses (T, G), the slopes (T,).
     """
     grid, inner = grid_for(*ends, spacing)
     with jax.enable_x64(True):
@@ -149,7 +141,7 @@ def compute_toy(setting: Callable, ends: Any, spacing: float, horizons: list) ->
         "max_slope_smoothed": np.abs(smooth_slope).max(-1),
         "bound_of_smoothed_slope": slope_bound(loss.T),
     }
-    there = np.array([float(x) for x in setting(threshold)])
+    there = [float(x) for x in setting(threshold)]
     curves = {"theta": grid[inner], "w": w[inner], "loss": loss[inner].T}
     return {
         "horizon": np.array(horizons),
@@ -179,32 +171,23 @@ def compute_9(spacing: float) -> list[dict]:
     .056, and with 0 and up to .095, low rates end in the first minimum, higher ones in the
     second, and the highest diverge. sigma is one of ln(rate): a rate cannot go below 0.
     """
-    horizons = (5, 10, 20, 40, 60)
-    top, bottom = (lambda x, mu=mu: (jnp.exp(x), mu) for mu in (0.8, 0.0))
-    return [
-        compute_toy(top, np.log([0.002, 0.056]), spacing, horizons),
-        compute_toy(bottom, np.log([0.01, 0.095]), spacing, horizons),
-    ]
+    runs = (0.8, (0.002, 0.056)), (0.0, (0.01, 0.095))
+    settings = [(lambda x, mu=mu: (jnp.exp(x), mu), np.log(ends)) for mu, ends in runs]
+    return [compute_toy(*setting, spacing, (5, 10, 20, 40, 60)) for setting in settings]
 
 
-def plot_toy(result: dict, plt: Any, theta: str, name: str, decode: Callable) -> Any:
+def plot_toy(figure: Figure, result: dict, theta: str, name: str, decode: Callable):
     """A row each: the loss, w over time, the final loss, the largest slopes against T.
 
     theta: what the slopes are by. name, decode: what to show in its place.
     """
     rows = result["curves"]
-    figure = plt.figure(figsize=(17, 4.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for row, panels in zip(rows, axes, strict=True):
-        _draw_toy(panels, row, name, decode(row["curves"]["theta"]))
-        rate, momentum = row["learning_rate_and_momentum_there"]
-        title = f"first threshold: rate {rate:.3g}, momentum {momentum:.3g}"
-        panels[2].set_title(title)
-        panels[3].set_ylabel(f"largest |d l(w_T) / d {theta}|")
-    return figure
+        _draw_toy(panels, row, theta, name, decode(row["curves"]["theta"]))
 
 
-def _draw_toy(panels: Any, row: dict, name: str, x: np.ndarray) -> None:
+def _draw_toy(panels: Any, row: dict, theta: str, name: str, x: np.ndarray) -> None:
     surface, time, final, slopes = panels
     curves, horizons, last = row["curves"], row["horizon"], row["horizon"][-1]
     w = np.insert(curves["w"], 0, START, axis=1)
@@ -218,13 +201,17 @@ def _draw_toy(panels: Any, row: dict, name: str, x: np.ndarray) -> None:
     surface.plot(0 * lift + START, toy_loss(START) + lift, "k*", ms=8)
     surface.set(xlabel="w", ylabel="l(w), each run's lifted by 12 more")
     surface.set(xlim=(-1.6, 5.2), ylim=(-6, 150))
+
     draw(time, np.arange(last + 1), w[many])
     time.hlines([0, GLOBAL_MINIMUM, BARRIER], 0, last, "k", ["-", "-", ":"], lw=0.5)
     time.set(xlabel="step t", ylabel="w_t", ylim=(-1.5, 5.5))
+
     labels = [f"T = {horizon}" for horizon in horizons]
     draw(final, x, curves["loss"][horizons - 1], label=labels)
     final.plot(x, curves["smoothed"][-1], "C3--", lw=1, label=f"{labels[-1]}, smoothed")
     final.set(xlabel=name, ylabel="l(w_T)", ylim=(-4.5, 20))
+    rate, momentum = row["learning_rate_and_momentum_there"]
+    final.set_title(f"first threshold: rate {rate:.3g}, momentum {momentum:.3g}")
 
     near, growth = curves["max_slope_at_threshold"], row["growth_per_step_there"]
     t, half = np.arange(1, last + 1), last // 2
@@ -233,7 +220,7 @@ def _draw_toy(panels: Any, row: dict, name: str, x: np.ndarray) -> None:
     slopes.plot(t, near, "C0", label="at the first threshold")
     slopes.plot(t, curves["max_slope_smoothed"], "C3--", label="smoothed")
     slopes.plot(t, predicted, "k:", label=f"growth by {growth:.3f} per step")
-    slopes.set(xlabel="T", yscale="log")
+    slopes.set(xlabel="T", ylabel=f"largest |d l(w_T) / d {theta}|", yscale="log")
     slopes.set_ylim(bottom=0.1)
     for axis in (surface, final, slopes):
         axis.legend(fontsize=7)
@@ -289,15 +276,15 @@ def compute_2d(task: Any, key: jax.Array, rates: int, iterations: list) -> dict:
     (here two random orthonormal ones).
 
     Returns, by iteration, distances of parameters by differences of ln(rate): from their
-    mean over the rates (root mean square), and between neighboring rates (median). Beside
-    them the distance travelled, which the first would equal if it were proportional to the
-    rate. Also the loss (nats) of one held-out batch at the end, for each rate. curves:
-    projected paths (rates, T + 1, 2), losses (rates, T), and the first three (T + 1,).
+    mean over the rates (root mean square), and between neighboring rates (median). The
+    first would equal the distance travelled if that were proportional to the rate. Losses
+    are in nats. curves: projected paths (rates, T + 1, 2), losses (rates, T), and the
+    three distances (T + 1,).
     """
     start, train = trainer(task, key, max(iterations))
     log_rates = np.linspace(np.log(0.1469), np.log(0.1484), rates)
-    run = lambda log_rate: train(optax.adam(jnp.exp(log_rate)))  # noqa: E731
-    losses, path, final = side_by_side(run, log_rates)
+    runs = side_by_side(lambda x: train(optax.adam(jnp.exp(x))), log_rates)
+    losses, path, final = runs
     path = np.insert(path, 0, start, axis=1) - np.asarray(start, float)
     apart = np.linalg.norm(np.diff(path, axis=0), axis=-1) / np.diff(log_rates)[0]
     spread = ((path - path.mean(0)) ** 2).sum(-1).mean(0) ** 0.5
@@ -316,10 +303,9 @@ def compute_2d(task: Any, key: jax.Array, rates: int, iterations: list) -> dict:
     }
 
 
-def plot_2d(result: dict, plt: Any) -> Any:
+def plot_2d(figure: Figure, result: dict) -> None:
     """Figure 2d: paths, their ends, losses, and how the sensitivity grows with the step."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4.3), layout="constrained")
-    paths, ends, losses, sensitivity = axes
+    paths, ends, losses, sensitivity = figure.subplots(1, 4)
     curves, rates = result["curves"], np.exp(result["curves"]["log_rate"])
     t = np.arange(1, curves["loss"].shape[1] + 1)
     draw(paths, curves["path"][..., 0].T, curves["path"][..., 1])
@@ -331,15 +317,15 @@ def plot_2d(result: dict, plt: Any) -> Any:
     ends.set_xticks([0.147, 0.1475, 0.148, 0.1485])
     draw(losses, t, curves["loss"])
     losses.set(xlabel="iteration", ylabel="training loss (nats)")
-    neighbors = curves["neighbors_over_log_rate_median"][1:]
-    spread = curves["spread_over_log_rate"][1:]
-    sensitivity.plot(t, neighbors, "C3", label="neighboring rates, median")
-    sensitivity.plot(t, spread, "C0", label="all rates, root mean square")
-    sensitivity.plot(t, curves["travelled"][1:], "k:", label="distance travelled")
+    for name, style, label in (
+        ("neighbors_over_log_rate_median", "C3", "neighboring rates, median"),
+        ("spread_over_log_rate", "C0", "all rates, root mean square"),
+        ("travelled", "k:", "distance travelled"),
+    ):
+        sensitivity.plot(t, curves[name][1:], style, label=label)
     sensitivity.set(xlabel="iteration", yscale="log")
     sensitivity.set_ylabel("|change of parameters| / |change of ln(rate)|")
     sensitivity.legend(fontsize=7)
-    return figure
 
 
 def outer_loss(task: Any, key: jax.Array, steps: int) -> Callable:
@@ -373,13 +359,10 @@ def compute_2ef(task: Any, key: jax.Array, horizons: list, line: tuple, side: tu
     smoothed loss with its bound. curves: 2e (horizons, G) and 2f (horizons, rests, rates).
     """
     loss, at = outer_loss(task, key, max(horizons)), np.array(horizons) - 1
-
-    def with_slope(log_rate):
-        return jax.jvp(loss, (log_rate,), (jnp.ones_like(log_rate),))
-
     low, high, spacing = line
     log_rates, inner = grid_for(np.log(low), np.log(high), spacing)
-    losses, slopes = (x[:, at].T for x in side_by_side(with_slope, log_rates))
+    both = side_by_side(lambda x: jax.jvp(loss, (x,), (jnp.ones_like(x),)), log_rates)
+    losses, slopes = (x[:, at].T for x in both)
     smooth, smooth_slopes = smoothed(losses, spacing)
     slopes = np.abs(slopes[:, inner])
     half, spacing = side
@@ -404,37 +387,32 @@ def compute_2ef(task: Any, key: jax.Array, horizons: list, line: tuple, side: tu
     }
 
 
-def plot_2ef(result: dict, plt: Any) -> Any:
+def plot_2ef(figure: Figure, result: dict) -> None:
     """Top: figure 2e, its smoothed form, and its slopes. Below: 2f, raw and smoothed."""
-    curves, horizons = result["curves"], result["horizon"]
-    figure = plt.figure(figsize=(4.2 * len(horizons), 12), layout="constrained")
+    curves, labels = result["curves"], [f"T = {x}" for x in result["horizon"]]
     top, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
     loss, smooth, slopes = top.subplots(1, 3)
-    labels = [f"T = {horizon}" for horizon in horizons]
     draw(loss, curves["rate"], curves["loss"], label=labels)
     loss.legend(fontsize=8)
     loss.sharey(smooth)
     draw(smooth, curves["rate"], curves["smoothed"], lw=1)
     draw(slopes, curves["rate"], curves["slope"], ".", ms=2)
-    title = f"2e, smoothed with sigma {result['sigma']:g}"
     loss.set(title="2e: outer loss (nats)", xlabel="learning rate")
+    title = f"2e, smoothed with sigma {result['sigma']:g}"
     smooth.set(title=title, xlabel="learning rate")
     slopes.set(title="2e: |d loss / d ln rate| by autodiff", xlabel="learning rate")
     slopes.set_yscale("log")
-    axes = below.subplots(2, len(horizons), sharex=True, sharey=True)
-    axes[0, 0].set_ylabel("1 - momentum")
-    axes[1, 0].set_ylabel("1 - momentum")
-    for column, raw, smooth in zip(
-        axes.T, curves["square"], curves["smoothed_square"], strict=True
-    ):
+    axes = below.subplots(2, len(labels), sharex=True, sharey=True)
+    for i, column in enumerate(axes.T):
+        raw, smooth = curves["square"][i], curves["smoothed_square"][i]
         limits = {"vmin": raw.min(), "vmax": np.quantile(raw, 0.999)}
         column[0].pcolormesh(*curves["square_axes"], raw, **limits)
+        column[0].set_title(f"2f: {labels[i]}")
         drawn = column[1].pcolormesh(*curves["square_axes"], smooth, **limits)
         column[1].set(title="smoothed", xlabel="learning rate")
         below.colorbar(drawn, ax=column, location="bottom", label="outer loss (nats)")
-    for axis, label in zip(axes[0], labels, strict=True):
-        axis.set_title(f"2f: {label}")
-    return figure
+    for axis in axes[:, 0]:
+        axis.set_ylabel("1 - momentum")
 
 
 # --- for the command: args -> (result, title, what the data are)
@@ -445,9 +423,7 @@ def _toy(compute: Callable, spacing: float, name: str, args: Any) -> tuple:
     return result, f"Metz et al. 2019, figure {name}", about
 
 
-def _network(
-    compute: Callable, name: str, full: tuple, quick: tuple, args: Any
-) -> tuple:
+def _network(compute: Callable, name: str, full: tuple, quick: tuple, args: Any):
     data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
     task = TASKS["fmnist_small"].build(data, jax.random.key(0))
     result = compute(task, jax.random.key(1), *(quick if args.quick else full))
@@ -461,11 +437,21 @@ FIGURES = {
     "metz2abc": (
         partial(_toy, compute_2abc, 1e-4, "2a-c: one weight, learning rate 0.01"),
         partial(plot_toy, theta="momentum", name="momentum", decode=np.asarray),
+        (17, 4.3),
     ),
     "metz9": (
         partial(_toy, compute_9, 2e-4, "9: one weight, learning rates"),
         partial(plot_toy, theta="ln(rate)", name="learning rate", decode=np.exp),
+        (17, 8.6),
     ),
-    "metz2d": (partial(_network, compute_2d, "2d", (100, STEPS), (25, STEPS)), plot_2d),
-    "metz2ef": (partial(_network, compute_2ef, "2e, f", FULL, QUICK), plot_2ef),
+    "metz2d": (
+        partial(_network, compute_2d, "2d", (100, STEPS), (25, STEPS)),
+        plot_2d,
+        (17, 4.3),
+    ),
+    "metz2ef": (
+        partial(_network, compute_2ef, "2e, f", FULL, QUICK),
+        plot_2ef,
+        (16.8, 12),
+    ),
 }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
 
 import estimators
 import train
@@ -90,19 +91,18 @@ def merged_variance(grads: dict, size: int, resamples: int = 4000) -> float:
     return total_variance(jax.jit(jax.vmap(merge))(keys))
 
 
-def recipe_of(quick: bool, **changes: Any) -> metz.Recipe:
-    """Metz's recipe (D.3) at a scale of minutes: fmnist_small, the unroll from 10 to 200
-    inner steps of T = 500, jitter 20 %, 4 pairs. quick: a twin that takes seconds, with
-    two meta-parameters, which shows that it runs and nothing else."""
+def meta_train(data: Any, quick: bool, **changes: Any) -> tuple[dict, dict]:
+    """({"fresh_loss", "adam_loss", ...} of `on_fresh_seeds`, metrics (meta-steps,)).
+
+    Metz's recipe (D.3) at a scale of minutes: fmnist_small, the unroll from 10 to 200 inner
+    steps of T = 500, jitter 20 %, 4 pairs. quick: a twin that takes seconds, with two
+    meta-parameters, which shows that it runs and nothing else.
+    """
     scale = dict(truncation=10, horizon=500, unroll=200, steps=200, particles=4)
     small = dict(optimizer="momentum", steps=20, horizon=100, unroll=40)
     settings = scale | changes | (small if quick else {})
-    return metz.Recipe(task="fmnist_small", **settings)
-
-
-def meta_train(recipe: metz.Recipe, data: Any) -> tuple[dict, dict]:
-    """({"fresh_loss", "adam_loss", ...} of `on_fresh_seeds`, metrics (meta-steps,))."""
-    build = TASKS[recipe.task].build
+    recipe = metz.Recipe(task="fmnist_small", **settings)
+    build = TASKS["fmnist_small"].build
     made = metz.parts(recipe, build)
     state = train.init_state(recipe, made, data)
     first, unravel = ravel_pytree(made.optimizer.init_theta(train.run_keys(recipe)[0]))
@@ -120,38 +120,33 @@ def meta_train(recipe: metz.Recipe, data: Any) -> tuple[dict, dict]:
 
 def compute_4(data: Any, quick: bool) -> dict:
     """Figure 4: variances by unroll length, and while the MLP optimizer is trained."""
-    lengths, pairs, sizes = LENGTHS, 1600, (8, 32, 128)
-    if quick:
-        lengths, pairs, sizes = (3, 5, 20), 24, (4,)
-    build = TASKS["fmnist_small"].build
-    result = compute_variances(build, data, lengths, pairs, sizes)
-    _, metrics = meta_train(recipe_of(quick), data)
+    sizes = ((3, 5, 20), 24, (4,)) if quick else (LENGTHS, 1600, (8, 32, 128))
+    result = compute_variances(TASKS["fmnist_small"].build, data, *sizes)
+    _, metrics = meta_train(data, quick)
     # the merge's own would be biased
     training = {name: metrics[f"{name}_noise"] ** 2 for name in ("bptt", "es")}
     return result | {"curves": training}
 
 
-def plot_4(result: dict, plt: Any) -> Any:
+def plot_4(figure: Figure, result: dict) -> None:
     """Left and middle: by unroll length, at two rates. Right: over meta-training."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    lengths = result["lengths"]
-    for i, rate in enumerate(result["learning_rates"]):
+    (*axes, training), lengths = figure.subplots(1, 3), result["lengths"]
+    for i, axis in enumerate(axes):
         bptt, es = result["variance_bptt"][i], result["variance_es"][i]
-        axes[i].plot(lengths, bptt, "C3o-", label="backpropagation")
-        axes[i].plot(lengths, es, "C0s-", label="evolution strategies")
+        axis.plot(lengths, bptt, "C3o-", label="backpropagation")
+        axis.plot(lengths, es, "C0s-", label="evolution strategies")
         merges = zip(result["pairs_merged"], result["variance_merged"], strict=True)
         for (size, variance), style in zip(merges, (":", "-.", "--"), strict=False):
             label = f"merge of {size} pairs"
-            axes[i].plot(lengths, variance[i], f"k{style}", label=label)
-        axes[i].set(xlabel="unroll (inner steps)", xscale="log", yscale="log")
-        axes[i].set_title(f"SGD with momentum 0.9, rate {rate:g}")
+            axis.plot(lengths, variance[i], f"k{style}", label=label)
+        axis.set(xlabel="unroll (inner steps)", xscale="log", yscale="log")
+        axis.set_title(f"SGD with momentum 0.9, rate {RATES[i]:g}")
     axes[0].set_ylabel("variance of a pair's meta-gradient")
     axes[0].legend(fontsize=8)
-    axes[2].plot(result["curves"]["bptt"], "C3", lw=0.8)
-    axes[2].plot(result["curves"]["es"], "C0", lw=0.8)
-    axes[2].set_title("while the MLP optimizer is trained\n(the unroll grows)")
-    axes[2].set(xlabel="meta-steps", yscale="log")
-    return figure
+    training.plot(result["curves"]["bptt"], "C3", lw=0.8)
+    training.plot(result["curves"]["es"], "C0", lw=0.8)
+    training.set_title("while the MLP optimizer is trained\n(the unroll grows)")
+    training.set(xlabel="meta-steps", yscale="log")
 
 
 ABLATIONS = {
@@ -174,15 +169,15 @@ def compute_8(data: Any, quick: bool) -> dict:
     and inner steps of meta-training. curves: the meta-losses (ablations, meta-steps).
     """
     names = list(ABLATIONS)[:3] if quick else list(ABLATIONS)
-    runs = [meta_train(recipe_of(quick, **ABLATIONS[name]), data) for name in names]
+    runs = [meta_train(data, quick, **ABLATIONS[name]) for name in names]
     found = {key: [run[key] for run, _ in runs] for key in runs[0][0]}
     curves = [metrics["loss"] for _, metrics in runs]
     return {"ablations": names, **found, "curves": curves}
 
 
-def plot_8(result: dict, plt: Any) -> Any:
+def plot_8(figure: Figure, result: dict) -> None:
     """Left: meta-losses (EMA 0.95) over meta-steps. Right: the trained thetas."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for i, name in enumerate(result["ablations"]):
         left.plot(ema(result["curves"][i], 0.95), f"C{i}", lw=1, label=name)
         right.plot(result["fresh_loss"][i], i, f"C{i}o")
@@ -193,7 +188,6 @@ def plot_8(result: dict, plt: Any) -> Any:
     right.invert_yaxis()
     right.set_xlabel("mean training loss over T on fresh seeds (nats)")
     right.legend(fontsize=8)
-    return figure
 
 
 def _on_fmnist_small(compute: Callable, name: str, args: Any) -> tuple[dict, str, dict]:
@@ -203,6 +197,10 @@ def _on_fmnist_small(compute: Callable, name: str, args: Any) -> tuple[dict, str
 
 
 FIGURES = {
-    "metz4": (partial(_on_fmnist_small, compute_4, "figure 4"), plot_4),
-    "metz8": (partial(_on_fmnist_small, compute_8, "figure 8, small"), plot_8),
+    "metz4": (partial(_on_fmnist_small, compute_4, "figure 4"), plot_4, (13, 4.2)),
+    "metz8": (
+        partial(_on_fmnist_small, compute_8, "figure 8, small"),
+        plot_8,
+        (11, 4.4),
+    ),
 }

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 import estimators
 from companions.lopts import LearnedOptimizer, hand_designed
 from experiments.catalogue import TASKS
+from figures.stability import draw_mean
 from tasks import compiler_options, each, inner_problem
 
 # eps_root is the square of Adam's eps: the root has a slope at 0, and nothing else changes.
@@ -99,11 +101,11 @@ def compute_metz3(build: Callable, data: Any, setting: Setting, optimizer=ADAM) 
     kinds are ours (one pair, sigma 0.1). The outer loss is that of the training batches,
     each before its update, in nats.
 
-    Returns, with estimator E, length K and start S: final_rate (E, K, S, geometric mean
-    over seeds), final_log_rate_error (standard error of ln rate), loss_at_final_rate (read
-    off the grid); grid_loss and best_rate. For each probe Q, over two runs: full_gradient
-    (Q,) of the mean loss over T by ln rate, not truncated; truncated_gradient (K, Q), the
-    mean over windows of what backpropagation sees; correlation_along_time (K, Q) of both.
+    With estimator E, length K and start S, final_* are (E, K, S): geometric means over the
+    seeds, and the standard error of ln rate. The loss there is read off the grid. Gradients
+    by ln rate are means over T and two runs, at each probe Q: full_gradient (Q,), not
+    truncated, and truncated_gradient (K, Q), what backpropagation sees.
+    correlation_along_time (K, Q) is that of both, by window.
     """
     names, lengths, steps = setting.estimators, setting.lengths, setting.steps
     rates, probes = np.array(setting.rates), list(setting.probes)
@@ -145,45 +147,41 @@ def compute_metz3(build: Callable, data: Any, setting: Setting, optimizer=ADAM) 
         "loss_at_final_rate": np.interp(log_rate, np.log(rates), grid_loss),
         "probes": rates[probes],
         "full_gradient": slope[probes].mean(1),
-        "truncated_gradient": np.array([truncated[k].mean(1) for k in lengths]),
+        "truncated_gradient": [truncated[k].mean(1) for k in lengths],
         "correlation_along_time": correlation,
         "curves": {"paths": paths, "truncated": truncated, "whole": whole},
     }
 
 
-def plot_metz3(result: dict, plt: Any) -> Any:
+def plot_metz3(figure: Figure, result: dict) -> None:
     """Above: the rate while meta-trained, a panel for each K; the outer loss. Below: the
     gradient along inner time at each probe."""
-    lengths, columns = result["lengths"], len(result["probes"])
-    figure = plt.figure(figsize=(15, 8.6), layout="constrained")
+    lengths, probes = result["lengths"], result["probes"]
     above, below = figure.subfigures(2, 1)
     *paths, outer_loss = above.subplots(1, len(lengths) + 1)
     for axis, length in zip(paths, lengths, strict=True):
         _draw_paths(axis, result, length)
     _draw_outer_loss(outer_loss, result)
-    axes = below.subplots(1, columns, squeeze=False)[0]
+    axes = below.subplots(1, len(probes), squeeze=False)[0]
     for j, axis in enumerate(axes):
         _draw_gradients(axis, result, j)
     axes[0].set_ylabel("d (mean loss of the window at t) / d ln rate")
-    return figure
+    for axis in (*paths, outer_loss, *axes):
+        axis.legend(fontsize=7)
 
 
 def _draw_paths(axis: Any, result: dict, length: int) -> None:
-    """ln rate by inner steps spent: mean over seeds and one standard error."""
+    """Learning rate by inner steps spent."""
     for e, name in enumerate(result["estimators"]):
-        for j, path in enumerate(result["curves"]["paths"][name, length]):
-            x, mean = np.arange(path.shape[1]) * length, path.mean(0)
-            error = path.std(0, ddof=1) / len(path) ** 0.5
-            band = np.exp([mean - error, mean + error])
-            axis.fill_between(x, *band, color=f"C{e}", alpha=0.15)
-            label = None if j else name
-            axis.plot(x, np.exp(mean), f"C{e}{STYLES[j]}", lw=1.3, label=label)
+        paths = result["curves"]["paths"][name, length]  # (S, seeds, meta-steps + 1)
+        spent = np.arange(paths.shape[-1]) * length
+        for path, style, label in zip(paths, STYLES, (name, None), strict=False):
+            draw_mean(axis, spent, path, np.exp, f"C{e}", ls=style, lw=1.3, label=label)
     for start, style in zip(result["starts"], STYLES, strict=False):
         axis.axhline(start, color="0.6", ls=style, label=f"started at {start:g}")
     axis.axhline(result["best_rate"], color="k", lw=1, label="best of the grid")
     axis.set(yscale="log", xlabel="inner steps spent", ylabel="Adam's learning rate")
     axis.set_title(f"K = {length}")
-    axis.legend(fontsize=7)
 
 
 def _draw_outer_loss(axis: Any, result: dict) -> None:
@@ -197,24 +195,21 @@ def _draw_outer_loss(axis: Any, result: dict) -> None:
             axis.plot(x, y, f"C{e}{MARKERS[i]}", mfc="none", label=label)
     axis.set(xscale="log", xlabel="learning rate (marks: where meta-training ended)")
     axis.set(ylabel=f"mean loss over T = {result['steps']} (nats)", title="outer loss")
-    axis.legend(fontsize=7)
 
 
 def _draw_gradients(axis: Any, result: dict, j: int) -> None:
     """Below 0 asks for a higher rate; the means say what all windows together ask for."""
-    lengths, curves = result["lengths"], result["curves"]
-    lines = [
-        (k, curves["truncated"][k][j], f"truncated BPTT, K = {k}") for k in lengths
-    ]
-    lines += [(lengths[-1], curves["whole"][lengths[-1]][j], "not truncated")]
-    colors = ["C4", "C5"][: len(lengths)] + ["k"]
+    truncated, whole = (result["curves"][name] for name in ("truncated", "whole"))
+    lines = [(k, x[j], f"truncated BPTT, K = {k}") for k, x in truncated.items()]
+    *_, (length, smoothest) = whole.items()
+    lines += [(length, smoothest[j], "not truncated")]
+    colors = *("C4", "C5")[: len(truncated)], "k"
     for color, (length, values, name) in zip(colors, lines, strict=True):
         middle = (np.arange(len(values)) + 0.5) * length
         axis.plot(middle, values, color, label=f"{name}: mean {values.mean():+.4f}")
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set_yscale("symlog", linthresh=1e-2)
     axis.set(xlabel="inner steps t", title=f"at a rate of {result['probes'][j]:.2g}")
-    axis.legend(fontsize=7)
 
 
 QUICK = Setting(
@@ -229,7 +224,7 @@ QUICK = Setting(
 )
 
 
-def _figure_3(args: Any) -> tuple[dict, str, dict]:
+def figure_3(args: Any) -> tuple[dict, str, dict]:
     data, about = TASKS["mnist_small"].load(args.data, args.data_dir)
     setting = QUICK if args.quick else Setting()
     result = compute_metz3(TASKS["mnist_small"].build, data, setting)
@@ -237,4 +232,4 @@ def _figure_3(args: Any) -> tuple[dict, str, dict]:
     return result, title, about
 
 
-FIGURES = {"metz3": (_figure_3, plot_metz3)}
+FIGURES = {"metz3": (figure_3, plot_metz3, (15, 8.6))}

@@ -1,6 +1,6 @@
 """Figures 1 and 2 of the STAR paper: the noisy quadratic model (section 4, app. B.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 import estimators
 import nqm
@@ -16,10 +18,13 @@ from data import about_formula
 
 HORIZONS = (1, 2, 3, 4, 5, 10, 25, 50, 100, 150, 200, 250, 300, *range(400, 1001, 100))
 STABLE_ALPHA = nqm.theorem_1(nqm.H, 0.0)[1]  # 2 / lambda_max(H)
+UNROLL = 50  # T of figures 2b and 2c
 QUADRATIC = about_formula("noisy quadratic model, drawn from its formula")
+ANGLE = np.linspace(0, 2 * np.pi, 400)
+UNIT_CIRCLE = np.cos(ANGLE), np.sin(ANGLE)
 
 
-def compute_1(points: int, seed: int = 29) -> dict:
+def compute_1(points: int) -> dict:
     """Eigenvalues of A = I - U H while an intervention grows from nothing to full.
 
     The paper gives no numbers. Here H has 6 eigenvalues from 0.1 to 5. P has entries
@@ -30,7 +35,7 @@ def compute_1(points: int, seed: int = 29) -> dict:
     Returns curves (4, points, 6, 2), real and imaginary parts, each eigenvalue followed
     from point to point, and the spectral radius (4, 2) before and after.
     """
-    rng, eye, updates = np.random.default_rng(seed), np.eye(6), []
+    rng, eye, updates = np.random.default_rng(29), np.eye(6), []
     basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     h = basis * np.geomspace(0.1, 5, 6) @ basis.T
     p = rng.normal(size=(6, 6)) * 0.6 / np.sqrt(6)
@@ -52,12 +57,11 @@ def compute_1(points: int, seed: int = 29) -> dict:
     }
 
 
-def plot_1(result: dict, plt: Any) -> Any:
+def plot_1(figure: Figure, result: dict) -> None:
     """Figure 1: red circles before, blue crosses after, arrows, the unit circle."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 4.2), layout="constrained")
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
+    axes = figure.subplots(1, 4)
     for i, axis in enumerate(axes):
-        axis.plot(circle.real, circle.imag, "k", lw=0.8)
+        axis.plot(*UNIT_CIRCLE, "k", lw=0.8)
         for path in result["curves"][i].swapaxes(0, 1):  # (points, 2)
             axis.plot(*path.T, "0.6", lw=1)
             to, arrow = len(path) // 2, {"arrowstyle": "->", "color": "0.4"}
@@ -69,7 +73,6 @@ def plot_1(result: dict, plt: Any) -> Any:
         axis.set(title=title, xlabel="real part", aspect="equal")
         axis.set(xlim=(-1.2, 2.2), ylim=(-1.6, 1.6))
     axes[0].set_ylabel("imaginary part")
-    return figure
 
 
 def compute_2a(horizons: Sequence[int], alphas: int, draws: int) -> dict:
@@ -105,18 +108,17 @@ def compute_2a(horizons: Sequence[int], alphas: int, draws: int) -> dict:
     }
 
 
-def plot_2a(result: dict, plt: Any) -> Any:
+def plot_2a(figure: Figure, result: dict) -> None:
     """Figure 2a: dots sampled, lines exact; green for T = 1 to blue for the longest."""
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    colors = plt.get_cmap("winter_r")(np.linspace(0.1, 1, len(result["horizon"])))
-    for i, (horizon, color) in enumerate(zip(result["horizon"], colors, strict=True)):
-        label = f"T = {horizon}" if i % 3 == 0 or i == len(colors) - 1 else None
+    axis, horizons = figure.subplots(), result["horizon"]
+    colors = colormaps["winter_r"](np.linspace(0.1, 1, len(horizons)))
+    for i, color in enumerate(colors):
+        label = f"T = {horizons[i]}" if i % 3 == 0 or i == len(colors) - 1 else None
         axis.plot(result["alpha"], result["exact"][i], color=color, lw=1, label=label)
         axis.plot(result["alpha"], result["variance"][i], ".", color=color, ms=3)
     axis.set(xlabel="alpha, up to 2 / lambda_max(H)", yscale="log")
     axis.set_ylabel("trace of the covariance\n(lines exact, dots sampled)")
     axis.legend(fontsize=8)
-    return figure
 
 
 def best_step(model: nqm.Model, steps: int) -> tuple[np.ndarray, float]:
@@ -147,7 +149,7 @@ def nqm_problem(model: nqm.Model, steps: int) -> estimators.Problem:
     return estimators.unroll(fresh, step, steps)
 
 
-def meta_train(start, clip, key, meta_steps: int, steps: int) -> jax.Array:
+def meta_train(start, clip, key, meta_steps: int) -> jax.Array:
     """U by meta-step (M, 2, 2), from `start` (2, 2).
 
     Training P beside a nominal step alpha is training U = alpha I + P from alpha I + P_0.
@@ -155,7 +157,7 @@ def meta_train(start, clip, key, meta_steps: int, steps: int) -> jax.Array:
     AdamW without weight decay, learning rate 1e-3, on the gradient clipped by value.
     """
     model = nqm.Model(*map(np.float32, nqm.paper_model()))
-    estimator = estimators.pes(nqm_problem(model, steps), windows=1, sigma=0.01)
+    estimator = estimators.pes(nqm_problem(model, UNROLL), windows=1, sigma=0.01)
     optimizer = optax.chain(optax.clip(clip), optax.adamw(1e-3, weight_decay=0.0))
 
     def meta_step(carry, k):
@@ -176,30 +178,29 @@ def magnitudes(u: np.ndarray) -> np.ndarray:
 
 
 def compute_2bc(meta_steps: int, seeds: int, alphas: Sequence[float]) -> dict:
-    """Meta-training P of the noisy quadratic model at T = 50, for each alpha.
+    """Meta-training P of the noisy quadratic model, for each alpha.
 
     The paper leaves out the meta-learning rate (here 1e-3), the pairs a meta-step (one),
     where P starts (0, or entries N(0, 0.5^2)), and whether the meta-gradient is clipped (by
     value at 1.0, appendix B, or not at all). The last two choices make four settings.
-    Arrays are (4 settings, A alphas, S seeds, M meta-steps).
-    Returns in curves the exact expected meta-loss (equation 8) of P at every meta-step and
-    the magnitudes (..., 2) of A's eigenvalues, least first; both at the optimum; the
-    meta-steps until the loss is within 10 % of the optimum, or inf; the loss at the end.
+    Arrays are (4 settings, A alphas, S seeds, M meta-steps). The loss in curves is the
+    exact expected meta-loss (equation 8) of P; magnitudes (..., 2) are those of A's
+    eigenvalues, least first.
     """
-    settings, steps = [(0.0, 1.0), (0.0, np.inf), (0.5, 1.0), (0.5, np.inf)], 50
+    settings = [(0.0, 1.0), (0.0, np.inf), (0.5, 1.0), (0.5, np.inf)]
     stds, clips = np.array(settings, np.float32).T
     keys, start_keys = (jax.random.split(jax.random.key(i), seeds) for i in (0, 1))
     starts = jax.vmap(lambda key: jax.random.normal(key, (2, 2)))(start_keys)
     starts = np.multiply.outer(stds, starts)[:, None]  # (4, 1, S, 2, 2)
     starts = starts + np.multiply.outer(alphas, np.eye(2))[:, None]  # (4, A, S, 2, 2)
-    train = partial(meta_train, meta_steps=meta_steps, steps=steps)
-    for axes in (0, None, 0), (0, None, None), (0, 0, None):  # of S, of A, of settings
-        train = jax.vmap(train, in_axes=axes)
-    u = np.asarray(jax.jit(train)(starts, clips, keys), float)  # (4, A, S, M, 2, 2)
+    train = partial(meta_train, meta_steps=meta_steps)
+    train = jax.jit(jnp.vectorize(train, signature="(n,n),(),()->(m,n,n)"))
+    u = train(starts, clips[:, None, None], keys[None, None])
+    u = np.asarray(u, float)  # (4, A, S, M, 2, 2)
 
-    best, best_loss = best_step(nqm.paper_model(), steps)
+    best, best_loss = best_step(nqm.paper_model(), UNROLL)
     with jax.enable_x64(True):
-        exact = jax.vmap(lambda u: nqm.expected_loss(u, nqm.paper_model(), steps))
+        exact = jax.vmap(lambda u: nqm.expected_loss(u, nqm.paper_model(), UNROLL))
         loss = jax.jit(lambda u: jax.lax.map(exact, u))(u.reshape(-1, meta_steps, 2, 2))
     loss = np.nan_to_num(loss, nan=np.inf, posinf=np.inf).reshape(u.shape[:-2])
     lost = ~np.isfinite(u).all((-2, -1), keepdims=True)  # the gradient overflowed: nan
@@ -216,61 +217,63 @@ def compute_2bc(meta_steps: int, seeds: int, alphas: Sequence[float]) -> dict:
     }
 
 
-def draw_seeds(axis, values, color, style, label, undo) -> None:
-    """Curves (S, M), EMA 0.95, through `undo`: their mean and one standard error.
+def draw_mean(axis, x, lines, undo: Callable, color: str, **style) -> None:
+    """`undo` of the mean of lines (n, points) and of one standard error around it."""
+    mean, error = lines.mean(0), lines.std(0, ddof=1) / len(lines) ** 0.5
+    band = undo(mean - error), undo(mean + error)
+    axis.fill_between(x, *band, color=color, alpha=0.2, lw=0)
+    axis.plot(x, undo(mean), color=color, **style)
 
-    Where seeds start apart, each is a thin line, and the thick line is their median.
+
+def draw_settings(
+    figure, result, curves: dict, optimum: float, undo=lambda x: x
+) -> Any:
+    """A panel for each setting, a color for each alpha; curves: style -> (4, A, S, M).
+
+    EMA 0.95. Where seeds start apart, each is a thin line, and the thick one their median.
     """
-    at, smooth = np.arange(1, values.shape[1] + 1), ema(values, 0.95)
-    middle = np.median(smooth, 0)
-    if np.ptp(values[:, 0]) < 1e-6:
-        middle, error = smooth.mean(0), smooth.std(0, ddof=1) / len(smooth) ** 0.5
-        band = undo(middle - error), undo(middle + error)
-        axis.fill_between(at, *band, color=color, alpha=0.2, lw=0)
-    else:
-        axis.plot(at, undo(smooth).T, style, color=color, lw=0.4)
-    axis.plot(at, undo(middle), style, color=color, lw=1.4, label=label)
-
-
-def draw_settings(result, plt, curves: dict, optimum: float, undo=lambda x: x) -> Any:
-    """A panel for each setting, a color for each alpha; curves: style -> (4, A, S, M)."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey="row")
-    figure.set_layout_engine("constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    at = np.arange(1, result["curves"]["loss"].shape[-1] + 1)
     for panel, (std, clip) in enumerate(result["start_std_and_clip"]):
         axis = axes.flat[panel]
         for i, alpha in enumerate(result["alpha"]):
             for style, values in curves.items():
                 label = f"{alpha / STABLE_ALPHA:.3g}" if style == "-" else None
-                draw_seeds(axis, values[panel, i], f"C{i}", style, label, undo)
+                options = dict(color=f"C{i}", ls=style, lw=1.4, label=label)
+                lines = ema(values[panel, i], 0.95)
+                if std:
+                    axis.plot(at, undo(lines).T, f"C{i}{style}", lw=0.4)
+                    axis.plot(at, undo(np.median(lines, 0)), **options)
+                else:
+                    draw_mean(axis, at, lines, undo, **options)
         axis.axhline(optimum, color="k", ls="--", lw=0.8, label="optimum")
         start = f"P from N(0, {std:g}^2), seeds and median" if std else "P from 0"
         clipped = f"clipped at {clip:g}" if np.isfinite(clip) else "not clipped"
         axis.set_title(f"{start}; gradient {clipped}")
         axis.set(xlabel="meta-steps", xscale="log")
     axes[0, 0].legend(title="alpha / (2 / lambda_max(H))", fontsize=8)
-    return figure, axes
+    return axes
 
 
-def plot_2b(result: dict, plt: Any) -> Any:
+def plot_2b(figure: Figure, result: dict) -> None:
     """Figure 2b: magnitudes of A's eigenvalues, larger dotted, smaller solid."""
     smaller, larger = np.moveaxis(result["curves"]["magnitudes"], -1, 0)
     curves, best = {"-": smaller, ":": larger}, result["optimum_magnitudes"][-1]
-    figure, axes = draw_settings(result, plt, curves, best)
+    axes = draw_settings(figure, result, curves, best)
     for axis in axes.flat:
         axis.axhline(1, color="k", lw=0.8)
-    plt.setp(axes[:, 0], ylabel="|eigenvalues of A| (EMA 0.95)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("|eigenvalues of A| (EMA 0.95)")
     axes[1, 0].set_ylim(0, 2.5)
-    return figure
 
 
-def plot_2c(result: dict, plt: Any) -> Any:
+def plot_2c(figure: Figure, result: dict) -> None:
     """Figure 2c: the meta-loss; mean, error and EMA are of its logarithm."""
     curves = {"-": np.log(result["curves"]["loss"])}
-    figure, axes = draw_settings(result, plt, curves, result["optimum"], np.exp)
-    plt.setp(axes[:, 0], ylabel="expected meta-loss, T = 50 (EMA 0.95)")
-    plt.setp(axes[0], ylim=(1, 20), yscale="log")
-    plt.setp(axes[1], ylim=(1, 1e4), yscale="log")
-    return figure
+    axes = draw_settings(figure, result, curves, result["optimum"], np.exp)
+    for axis, highest in zip(axes[:, 0], (20, 1e4), strict=True):
+        axis.set(ylabel="expected meta-loss, T = 50 (EMA 0.95)")
+        axis.set(ylim=(1, highest), yscale="log")
 
 
 def figure_1(args: Any) -> tuple[dict, str, dict]:
@@ -293,8 +296,8 @@ def figure_2bc(args: Any) -> tuple[dict, str, dict]:
 
 
 FIGURES = {
-    "1": (figure_1, plot_1),
-    "2a": (figure_2a, plot_2a),
-    "2b": (figure_2bc, plot_2b),
-    "2c": (figure_2bc, plot_2c),
+    "1": (figure_1, plot_1, (14, 4.2)),
+    "2a": (figure_2a, plot_2a, (7.5, 5)),
+    "2b": (figure_2bc, plot_2b, (11, 7.5)),
+    "2c": (figure_2bc, plot_2c, (11, 7.5)),
 }

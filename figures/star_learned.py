@@ -11,6 +11,7 @@ step, and exp(beta2 m_g) is the ratio of the two. Which of the 202 numbers matte
 likewise: zero them and train again.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import star
@@ -107,41 +109,44 @@ def measure(optimizer, theta, *asked) -> dict:
     return jax.tree.map(lambda *x: jnp.stack(x), *numbers)
 
 
+def snapshots(build, optimizer, theta, init_key, run_key, at: Any, look: Callable):
+    """look(task, carry, key) of one run, before each of the inner steps `at`, stacked.
+
+    build: key -> Task. at: ascending, from 0. key: that of the step.
+    """
+
+    def advance(t, carry):
+        key = jax.random.fold_in(run_key, t)
+        return inner_step(build, optimizer, theta, carry, key)[0]
+
+    def until(carry, span):
+        carry = jax.lax.fori_loop(*span, advance, carry)
+        return carry, look(build(init_key), carry, jax.random.fold_in(run_key, span[1]))
+
+    spans = np.int32([0, *at[:-1]]), np.int32(at)
+    return jax.lax.scan(until, fresh(build, optimizer, init_key), spans)[1]
+
+
 def follow(build, data, optimizer, theta, keys, at: list[int]) -> dict:
-    """`measure` of updates number `at` (ascending, from 1): (points, seeds, tensors, ...).
+    """`measure` of updates number `at` (ascending, from 1): (seeds, points, tensors, ...).
 
     build: (data, key) -> Task. keys: (seeds,), runs as `curves` makes them of these.
     """
-    init_keys, run_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+
+    def look(task, carry, key):
+        batch_key, loss_key = jax.random.split(key)
+        batch = task.batch(batch_key, "train")
+        grads = jax.grad(task.loss)(carry.params, loss_key, batch)
+        return measure(optimizer, theta, grads, carry.optimizer, carry.params)
+
+    def run(data, key):
+        pair, member = jax.random.split(key), partial(build, data)
+        return snapshots(member, optimizer, theta, *pair, np.array(at) - 1, look)
+
+    print(f"  {at[-1]} updates, taken apart at {len(at)}", flush=True)
     jit = partial(jax.jit, compiler_options=compiler_options())
-
-    def measured(theta, *asked):
-        updates, state = optimizer.update(theta, *asked)
-        return updates, (state, measure(optimizer, theta, *asked))
-
-    @partial(jit, donate_argnums=2)
-    def advance(data, theta, carry, keys, first, last):
-        def run(carry, key):
-            def step(t, carry, optimizer=optimizer):
-                task, key_t = partial(build, data), jax.random.fold_in(key, t)
-                return inner_step(task, optimizer, theta, carry, key_t)[0]
-
-            carry = jax.lax.fori_loop(first, last - 1, step, carry)
-            carry = step(last - 1, carry, optimizer._replace(update=measured))
-            state, numbers = carry.optimizer
-            return carry._replace(optimizer=state), numbers
-
-        return each()(run)(carry, keys)
-
-    start = partial(fresh, partial(build, data), optimizer)
-    carry, points = jit(jax.vmap(start))(init_keys), []
-    report = evaluation.counter("updates taken apart", at[-1], len(keys))
-    for first, last in zip((0, *at), at, strict=False):
-        span = np.int32(first), np.int32(last)
-        carry, numbers = advance(data, theta, carry, run_keys, *span)
-        points.append(jax.tree.map(np.asarray, numbers))
-        report(last)
-    return jax.tree.map(lambda *x: np.stack(x), *points)
+    numbers = jit(lambda data, keys: each()(partial(run, data))(keys))(data, keys)
+    return jax.tree.map(np.asarray, numbers)
 
 
 def tensor_names(params: Any) -> list[str]:
@@ -164,7 +169,7 @@ def compute_learned(build, data, optimizer, theta, seeds, steps, far) -> dict:
     series = [m * 10**e // 10 for e in range(9) for m in (10, 15, 20, 30, 50, 70)]
     at = [n for n in dict.fromkeys(series) if n <= far]
     numbers = follow(build, data, optimizer, theta, keys, at)
-    numbers = {name: x.mean(1) for name, x in numbers.items()}
+    numbers = {name: x.mean(0) for name, x in numbers.items()}
     features = {name: without_features(theta, rows) for name, rows in FEATURES.items()}
     parts = parts_of_theta(theta)
     thetas = [theta, *features.values(), *parts.values()]
@@ -242,21 +247,19 @@ def draw_differences(axes: Any, result: dict) -> None:
     axes.set_title(f"{title}\n{runs}", fontsize=9)
 
 
-def plot_learned(result: dict, plt: Any) -> Any:
+def plot_learned(figure: Figure, result: dict) -> None:
     """Over inner time: multiplier, share of the blackbox step, two cosines. Then losses."""
-    figure = plt.figure(figsize=(9, 7.1), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     multiplier, share = above.subplots(1, 2)
+    factor = "multiplier of the nominal step, exp(beta2 m_g):\n"
+    factor += "medians, bands: 10-90 % of each matrix"
     gradient, nominal, losses = map(below.subplot_mosaic("GL;NL").get, "GNL")
-    titles = {
-        "multiplier": "multiplier of the nominal step, exp(beta2 m_g):\n"
-        "medians, bands: 10-90 % of each matrix",
-        "blackbox_over_nominal": "blackbox over nominal step, |f_b| / |f_g|",
-        "cosine_gradient": "cosine: update, minus the batch's gradient",
-        "cosine_nominal": "cosine: update, nominal step",
-    }
-    panels = multiplier, share, gradient, nominal
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+    for axes, name, title in (
+        (multiplier, "multiplier", factor),
+        (share, "blackbox_over_nominal", "blackbox over nominal step, |f_b| / |f_g|"),
+        (gradient, "cosine_gradient", "cosine: update, minus the batch's gradient"),
+        (nominal, "cosine_nominal", "cosine: update, nominal step"),
+    ):
         draw_tensors(axes, result["curves"][name], title, result)
     multiplier.ticklabel_format(axis="y", useOffset=False)
     share.axhline(1, color="k", lw=0.8)
@@ -264,7 +267,6 @@ def plot_learned(result: dict, plt: Any) -> Any:
     named = share.get_legend_handles_labels()
     above.legend(*named, loc="outside lower center", ncols=7, fontsize=7)
     draw_differences(losses, result)
-    return figure
 
 
-FIGURES = {"learned": (figure_learned, plot_learned)}
+FIGURES = {"learned": (figure_learned, plot_learned, (9, 7.1))}

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import store
@@ -42,15 +43,13 @@ def draw_band(axes: Any, x: np.ndarray, lines: np.ndarray, label: str, color: st
     axes.fill_between(x, lines.min(0), lines.max(0), color=color, alpha=0.2, lw=0)
 
 
+def draw_lines(axes: Any, x: np.ndarray, lines: np.ndarray, label: str, color: str):
+    """Each of lines (n, points)."""
+    axes.plot(x, lines.T, color=color, lw=0.9)
+    axes.lines[-1].set_label(label)
+
+
 # Figures 3 and App. 1-4: meta-training runs and where their thetas lead
-
-
-def read_log(path: pathlib.Path) -> np.ndarray:
-    """(2, rows): meta-steps and meta-losses of a log.csv."""
-    rows = store.read_csv(path, np.inf)
-    if not rows:
-        raise store.UserError(f"{path} has no meta-steps yet")
-    return np.array(rows).T[:2]
 
 
 def find_runs(root: pathlib.Path, variants: Sequence[str]) -> dict:
@@ -69,10 +68,10 @@ def find_runs(root: pathlib.Path, variants: Sequence[str]) -> dict:
     return runs
 
 
-def check_same(where: str, found: list[dict], *names: str) -> None:
-    """UserError where the cards or recipes differ in one of these."""
+def check_same(where: str, cards: list[dict], *names: str) -> None:
+    """UserError where the cards differ in one of these."""
     for name in names:
-        values = {json.dumps(one.get(name)) for one in found}
+        values = {json.dumps(card.get(name)) for card in cards}
         if len(values) > 1:
             raise store.UserError(f"{where}: runs differ in {name}: {sorted(values)}")
 
@@ -80,37 +79,40 @@ def check_same(where: str, found: list[dict], *names: str) -> None:
 def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, dict]:
     """(result, about): for each variant the meta-losses, and the inner training losses
     (meta-seeds, steps) with its thetas, one fresh seed each, far beyond the horizon."""
-    runs = find_runs(pathlib.Path(args.runs), variants)
-    cards = {name: [store.read_card(path) for path in runs[name]] for name in runs}
-    all_cards = [card for found in cards.values() for card in found]
-    recipes = [card["recipe"] for card in all_cards]
-    check_same(args.runs, all_cards, "task", "inner_steps")
-    check_same(args.runs, recipes, "estimator", "horizons", "clip_by", "horizon")
+    runs, steps = find_runs(pathlib.Path(args.runs), variants), args.steps or steps
+    cards = {k: [read_card_and_recipe(path) for path in runs[k]] for k in runs}
+    all_cards = sum(cards.values(), [])
+    same = ("task", "inner_steps", "estimator", "horizons", "clip_by", "horizon")
+    check_same(args.runs, all_cards, *same)
     for name, found in cards.items():
         check_same(f"{args.runs}, {name}", found, "optimizer", "constants")
-    spec = TASKS[all_cards[0]["task"]]
-    data, about = spec.load(args.data, args.data_dir)
-    steps = args.steps or steps
+    shared = all_cards[0]
+    data, about = TASKS[shared["task"]].load(args.data, args.data_dir)
+    setting = TASKS[shared["task"]].build, data
     keys = jax.random.split(jax.random.key(evaluation.EVALUATION_SEED), 1)
     meta, inner = {}, {}
     for name, paths in runs.items():
         _, (optimizer, *_), thetas = zip(*map(evaluation.trained, paths), strict=True)
         report = evaluation.counter(name, steps, len(thetas))
-        run = curves(spec.build, data, optimizer, thetas, keys, steps, report=report)
+        run = curves(*setting, optimizer, thetas, keys, steps, report=report)
         print(f"in {run.seconds:.1f} s")
         inner[name] = run.losses[:, 0]
-        meta[name] = [read_log(path.with_name("log.csv")) for path in paths]
-    begun = {name for name in runs if any(c["recipe"]["init"] for c in cards[name])}
-    horizon = recipes[0]["horizon"]
-    drawn = {"meta": meta, "inner": inner, "recipe": recipes[0]}
+        logs = [store.read_csv(path.with_name("log.csv"), np.inf) for path in paths]
+        meta[name] = [np.array(rows).T[:2] for rows in logs]  # meta-steps, meta-losses
+    begun = {name for name in runs if any(card["init"] for card in cards[name])}
     result = {
-        "task": all_cards[0]["task"],
+        "task": shared["task"],
         "steps": steps,
         "labels": {k: LABELS[k] + ", begun trained" * (k in begun) for k in runs},
-        "variants": {k: summarize(meta[k], inner[k], horizon) for k in runs},
-        "curves": drawn,
+        "variants": {k: summarize(meta[k], inner[k], shared["horizon"]) for k in runs},
+        "curves": {"meta": meta, "inner": inner, "recipe": shared},
     }
     return result, about
+
+
+def read_card_and_recipe(path: pathlib.Path) -> dict:
+    card = store.read_card(path)
+    return card | card["recipe"]
 
 
 def summarize(meta: list, losses: np.ndarray, horizon: int) -> dict:
@@ -124,44 +126,26 @@ def summarize(meta: list, losses: np.ndarray, horizon: int) -> dict:
     }
 
 
-def plot_runs(result: dict, plt: Any, individual: bool = False) -> Any:
+def plot_runs(figure: Figure, result: dict, draw: Callable = draw_band) -> None:
     """Above, meta-training; below, inner training with the thetas, horizon dashed."""
-    drawn, recipe = result["curves"], result["curves"]["recipe"]
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(6.5, 7.5), layout="constrained"
-    )
+    meta, inner, recipe = result["curves"].values()
+    above, below = figure.subplots(2, 1)
     shown = {above: [], below: []}
-    for name in result["variants"]:
-        logs = drawn["meta"][name]
-        length = min(log.shape[1] for log in logs)
-        at, meta = logs[0][0, :length], np.stack([log[1, :length] for log in logs])
+    for name, label in result["labels"].items():
+        length = min(log.shape[1] for log in meta[name])
+        at, losses = meta[name][0][0, :length], [log[1, :length] for log in meta[name]]
         # log.csv may be thinned: smooth over meta-steps, not over rows
         spacing = (at[-1] - at[0]) / max(1, length - 1)
-        inner = ema(drawn["inner"][name], evaluation.SMOOTHING)
-        panels = (
-            (above, at, ema(meta, 0.95**spacing)),
-            (below, np.arange(1, result["steps"] + 1), inner),
-        )
-        for axes, x, lines in panels:
-            shown[axes].append(lines)
-            label, color = result["labels"][name], COLORS[name]
-            if individual:
-                axes.plot(
-                    x,
-                    lines.T,
-                    color=color,
-                    lw=0.9,
-                    label=[label] + [None] * (len(lines) - 1),
-                )
-            else:
-                draw_band(axes, x, lines, label, color)
-    counts = [len(lines) for lines in drawn["inner"].values()]
+        shown[above].append(ema(losses, 0.95**spacing))
+        shown[below].append(ema(inner[name], evaluation.SMOOTHING))
+        draw(above, at, shown[above][-1], label, COLORS[name])
+        x = np.arange(1, result["steps"] + 1)
+        draw(below, x, shown[below][-1], label, COLORS[name])
+    counts = [len(lines) for lines in inner.values()]
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    drawn_lengths = ", T log-uniform" * (recipe.get("horizons") == "log-uniform")
-    above.set_title(
-        f"meta-training on {result['task']}, {seeds} seed(s){drawn_lengths}"
-    )
-    above.set(xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)")
+    title = f"meta-training on {result['task']}, {seeds} seed(s)"
+    title += ", T log-uniform" * (recipe.get("horizons") == "log-uniform")
+    above.set(title=title, xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)")
     below.set_title("inner training with the thetas")
     below.set(xlabel="inner steps", ylabel="training loss (nats, EMA 0.98)")
     if result["steps"] > 5000:
@@ -171,47 +155,41 @@ def plot_runs(result: dict, plt: Any, individual: bool = False) -> Any:
     for axes, lines in shown.items():
         limit_y(axes, lines, top=98)
     above.legend(fontsize=8)
-    return figure
 
 
-def _runs(name: str, variants: Sequence[str], steps: int = 20_000) -> Callable:
+def _runs(name: str, variants: Sequence[str], draw: Callable = draw_band) -> tuple:
     def compute(args):
-        result, about = compute_runs(args, variants, 200 if args.quick else steps)
+        result, about = compute_runs(args, variants, 200 if args.quick else 20_000)
         return result, f"STAR, figure {name}: {about['dataset']}", about
 
-    return compute
+    return compute, partial(plot_runs, draw=draw), (6.5, 7.5)
 
 
 # Figures 4 and App. 5-6: tasks that no theta was meta-trained on
 
 
-def _tasks(name: str, choose: Callable) -> Callable:
-    """compute: the thetas of the command line and the baselines on these tasks of a suite,
+def _tasks(name: str, small: Sequence[str], full: Sequence[str]) -> tuple:
+    """The thetas of the command line and the baselines on these tasks of the two suites,
     which have folders of their own in the figure's, resumed task by task."""
 
     def compute(args):
         args.steps = 20 if args.quick else args.steps or 2000
         folder = pathlib.Path(args.out or f"runs/figure-{args.figure}")
         paths = args.theta or [evaluation.best_theta("fmnist")]
-        names = choose(SUITES["full" if args.full else "small"])
-        results = suite.on_tasks(names, args, paths, folder)
+        results = suite.on_tasks(full if args.full else small, args, paths, folder)
         rows = [entry.row for entries, _ in results.values() for entry in entries]
-        sets = {about["dataset"]: about for _, about in results.values()}
+        sets = {about["dataset"]: about for _, about in results.values()}.values()
         about = {
-            "dataset": ", ".join(sets),
-            "dataset_checksum": ", ".join(a["dataset_checksum"] for a in sets.values()),
-            "stand_in": any(a["stand_in"] for a in sets.values()),
+            name: ", ".join(one[name] for one in sets)
+            for name in ("dataset", "dataset_checksum")
         }
+        about["stand_in"] = any(one["stand_in"] for one in sets)
         return {"rows": rows, "curves": results}, f"STAR, figure {name}", about
 
-    return compute
+    def plot(figure, result):
+        suite.draw_tasks(figure, result["curves"])
 
-
-def _plot_tasks(result: dict, plt: Any) -> Any:
-    size = suite.panels_size(len(result["curves"]))
-    figure = plt.figure(figsize=size, layout="constrained")
-    suite.draw_tasks(figure, result["curves"])
-    return figure
+    return compute, plot, suite.panels_size(len(small))
 
 
 def figure_4(names: Sequence[str]) -> list[str]:
@@ -220,13 +198,14 @@ def figure_4(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(four)]
 
 
+SMALL, FULL = SUITES["small"], SUITES["full"]
 FIGURES = {
-    "3": (_runs("3", MAIN), plot_runs),
-    "4": (_tasks("4", figure_4), _plot_tasks),
-    "app1": (_runs("App. 1", MAIN), partial(plot_runs, individual=True)),
-    "app2": (_runs("App. 2", DECAYS), plot_runs),
-    "app3": (_runs("App. 3", ("star_wd0.5", "no_preconditioner")), plot_runs),
-    "app4": (_runs("App. 4", ("star_wd0.5", "no_nominal")), plot_runs),
-    "app5": (_tasks("App. 5", lambda names: names[:8]), _plot_tasks),
-    "app6": (_tasks("App. 6", lambda names: names[8:]), _plot_tasks),
+    "3": _runs("3", MAIN),
+    "4": _tasks("4", figure_4(SMALL), figure_4(FULL)),
+    "app1": _runs("App. 1", MAIN, draw_lines),
+    "app2": _runs("App. 2", DECAYS),
+    "app3": _runs("App. 3", ("star_wd0.5", "no_preconditioner")),
+    "app4": _runs("App. 4", ("star_wd0.5", "no_nominal")),
+    "app5": _tasks("App. 5", SMALL[:8], FULL[:8]),
+    "app6": _tasks("App. 6", SMALL[8:], FULL[8:]),
 }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import star
@@ -158,13 +158,13 @@ def test_figure_holds_the_runs_of_inner_training(theta):
     np.testing.assert_allclose(drawn["rms"][:, 0], rms, rtol=1e-3)
     differences = [[*x.values()] for x in result["loss_difference"].values()]
     assert [len(x) for x in differences] == [13, 6] and np.abs(differences[0]).max() > 0
-    figure = learned.plot_learned(result | {"horizon": 2}, plt)
+    figure = Figure()
+    learned.plot_learned(figure, result | {"horizon": 2})
     multiplier = figure.axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(multiplier, drawn["multiplier"][:, 0, 1])
     losses = next(a for a in figure.axes if a.get_title().startswith("loss without"))
     dots = [line.get_xdata() for line in losses.lines if line.get_marker() == "o"]
     np.testing.assert_array_equal(dots, np.concatenate(differences))
-    plt.close(figure)
 
 
 @pytest.mark.parametrize("preset, task", [("no_nominal", "quadratic"), ("star", "no")])
