@@ -1,7 +1,6 @@
 """Comparisons: a task, a suite, and the figures made of meta-training runs."""
 
 import argparse
-import csv
 import json
 
 import jax
@@ -22,9 +21,8 @@ STAR = star.PRESETS["star_small_beta3"]
 
 def evaluate(line: str, folder, program=evaluation) -> int:
     """Exit code of the command, whose results are in the folder."""
-    return store.run_command(
-        "eval.py", program.main, [*line.split(), "--out", str(folder)]
-    )
+    argv = [*line.split(), "--out", str(folder)]
+    return store.run_command("eval.py", program.main, argv)
 
 
 def write_theta(path, seed=0, optimizer="star_small_beta3", **card):
@@ -54,9 +52,7 @@ def tuned(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "TUNED", tmp_path / "tuned.json")
 
 
-# One task
-
-
+# --- one task
 @pytest.mark.heavy
 def test_eval_writes_its_comparison(use_stand_in, theta, tmp_path, capsys):
     """Curves, table, JSON and picture; log, table and JSON name the stand-in; momentum,
@@ -65,32 +61,27 @@ def test_eval_writes_its_comparison(use_stand_in, theta, tmp_path, capsys):
     assert evaluate(f"{line} --baselines sgdm --theta {theta}", out) == 0
     names = {path.name for path in out.iterdir()}
     assert names == {"results.json", "table.csv", "curves.csv", "curves.png"}
-    results, log = (
-        json.loads((out / "results.json").read_text()),
-        capsys.readouterr().out,
-    )
+    results = json.loads((out / "results.json").read_text())
+    log = capsys.readouterr().out
     assert results["stand_in"] and "stand-in" in results["dataset"]
     assert "stand-in" in (out / "table.csv").read_text() and "stand-in" in log
     assert "sgdm is not tuned for these data" in log
-    with open(out / "curves.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert len(rows) == 41 and len(rows[0]) == 1 + 2 * 2
-    losses = np.array(rows[1:], float)[:, 1:3]
+    drawn = np.loadtxt(out / "curves.csv", delimiter=",", skiprows=1)
+    assert drawn.shape == (40, 1 + 2 * 2)
     ours, sgdm = (entry["row"] for entry in results["entries"])
-    assert ours["mean_loss"] == pytest.approx(losses.mean(), rel=1e-3)
-    assert sgdm["final_over_sgdm"] == 1
+    assert ours["mean_loss"] == pytest.approx(drawn[:, 1:3].mean(), rel=1e-3)
     ratio = ours["final_loss"] / sgdm["final_loss"]
     assert ours["final_over_sgdm"] == pytest.approx(ratio)
 
 
+def setting(name, steps, checksum=""):
+    """What `quadratic` has of data of this checksum: (settings, optimizer, theta)."""
+    about, build = {"dataset_checksum": checksum}, TASKS["quadratic"].build
+    return evaluation.baseline(name, "quadratic", steps, build, {}, about)
+
+
 def test_shipped_settings_are_used_and_stretched(tuned):
     """Those of runs as long, else of the longest; a schedule ends with the run."""
-    _, about = TASKS["quadratic"].load()
-
-    def setting(name, steps):
-        task = TASKS["quadratic"].build
-        return evaluation.baseline(name, "quadratic", steps, task, {}, about)
-
     assert setting("adam", 50)[0]["name"] == "adam 0.3"
     assert setting("adam", 70)[0]["name"] == "adam 0.03"
     settings, _, theta = setting("nadamw", 50)
@@ -103,8 +94,7 @@ def test_search_for_a_rate_takes_nan_as_the_worst(tuned, monkeypatch):
     losses = np.full((11, 1, 20), 3.0)
     losses[[4, 5], 0, [3, 19]], losses[4:6, 0, 5:19], losses[7] = np.nan, 1, 2
     monkeypatch.setattr(evaluation, "curves", lambda *args: Curves(losses, {}, 1.0))
-    about = {"dataset_checksum": "another"}
-    settings, _, theta = evaluation.baseline("adam", "quadratic", 20, None, {}, about)
+    settings, _, theta = setting("adam", 20, "another")
     assert theta["learning_rate"] == np.float32(evaluation.LEARNING_RATES[7])
     assert settings["tuned"]["loss"] == 2
 
@@ -130,18 +120,17 @@ def test_the_best_theta_is_the_tasks_own(monkeypatch, tmp_path):
         assert evaluation.best_theta(task).stem == f"star_{best}"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--task no_such",
-        "--baselines adam,no_such",
-        "--steps 0",
-        "--seeds x",
-        "--theta no_such.npz",
-        "--theta README.md",
-        "--data-dir /no_such --data real",
-    ],
-)
+BAD = """\
+--task no_such
+--baselines adam,no_such
+--steps 0
+--seeds x
+--theta no_such.npz
+--theta README.md
+--data-dir /no_such --data real"""
+
+
+@pytest.mark.parametrize("line", BAD.splitlines())
 def test_bad_arguments_are_one_line_and_exit_code_2(line, tmp_path, capsys):
     """And leave no results."""
     assert evaluate(f"--seeds 1 --steps 2 {line}", tmp_path / "out") == 2
@@ -149,26 +138,21 @@ def test_bad_arguments_are_one_line_and_exit_code_2(line, tmp_path, capsys):
     assert not list(tmp_path.glob("out/*"))
 
 
-# Suites
-
-
-def arguments(**changes) -> argparse.Namespace:
-    given = dict(steps=30, seeds=2, baselines=["adam"], data="auto", data_dir=None)
-    return argparse.Namespace(**given | changes)
-
-
+# --- suites
 def test_results_are_read_back(tuned, theta, tmp_path, capsys):
     """A finished task is read for the same arguments, to the digits of its file."""
-    (found,) = suite.on_tasks(["quadratic"], arguments(), [theta], tmp_path).values()
-    (again,) = suite.on_tasks(["quadratic"], arguments(), [theta], tmp_path).values()
+    args = argparse.Namespace(steps=30, seeds=2, baselines=["adam"])
+    args.data = args.data_dir = None  # the task draws its own
+    asked = ["quadratic"], args, [theta], tmp_path
+    (found,) = suite.on_tasks(*asked).values()
+    (again,) = suite.on_tasks(*asked).values()
     assert "quadratic: done before" in capsys.readouterr().out
     assert found[1] == again[1]
     for one, other in zip(found[0], again[0], strict=True):
         np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
         assert (one.row, one.settings) == (other.row, other.settings)
     write_theta(theta, seed=1)  # another theta in the same file
-    asked = arguments(), [theta], tmp_path
-    (other,) = suite.on_tasks(["quadratic"], *asked).values()
+    (other,) = suite.on_tasks(*asked).values()
     assert (other[0][0].losses != found[0][0].losses).any()
 
 
@@ -209,26 +193,23 @@ def test_suite_takes_any_task_of_the_catalogue(tuned, tmp_path):
 def test_summary_leaves_out_what_diverged():
     """Geometric means over the tasks where a ratio is known; diverged tasks counted."""
 
-    def line(task, optimizer, final, diverged="0/1"):
-        row = {"task": task, "optimizer": optimizer, "diverged": diverged}
+    def row(task, final, diverged="0/1"):
+        row = {"task": task, "optimizer": "x", "diverged": diverged}
         return row | {"final_loss": final, "final_over_adam": final}
 
-    table = [line("a", "x", 0.5), line("b", "x", 2.0), line("c", "x", None, "1/1")]
+    table = [row("a", 0.5), row("b", 2.0), row("c", None, "1/1")]
     (found,) = suite.summary(table)
     assert found["tasks"] == "3" and found["diverged on"] == "1"
     assert found["final over adam"] == pytest.approx(1) and found["below adam"] == "1/2"
 
 
-# Figures 3 and App. 1-4
-
-RECIPE = {"horizon": 20, "init": None, "estimator": "pes"}
-
-
+# --- figures 3 and App. 1-4
 def write_run(root, variant, seed=0, **changes):
     """A finished run of train.py: theta, card and log."""
     folder = root / f"{variant}-seed{seed}"
     folder.mkdir(parents=True)
-    write_theta(folder / "theta.npz", seed, task="quadratic", recipe=RECIPE | changes)
+    recipe = {"horizon": 20, "init": None, "estimator": "pes"} | changes
+    write_theta(folder / "theta.npz", seed, task="quadratic", recipe=recipe)
     rows = [(step, 10.0 + seed - step / 20) for step in range(1, 21)]
     store.write_csv(folder / "log.csv", ["step", "meta_loss"], rows)
 
@@ -255,12 +236,10 @@ def test_runs_of_a_sweep_are_summed_up(tmp_path):
 
 def test_missing_variants_are_named_and_left_out(tmp_path, capsys):
     """A figure is drawn of two variants or more; of fewer there is nothing to compare."""
-    for name in ("blackbox-seed0", "star_wd0.5-seed0", "star_wd0.5-seed1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "theta.npz").touch()
+    for variant, seed in (("blackbox", 0), ("star_wd0.5", 0), ("star_wd0.5", 1)):
+        write_run(tmp_path, variant, seed)
     found = star_runs.find_runs(tmp_path, star_runs.MAIN)
-    counts = {name: len(paths) for name, paths in found.items()}
-    assert counts == {"star_wd0.5": 2, "blackbox": 1}
+    assert {k: len(v) for k, v in found.items()} == {"star_wd0.5": 2, "blackbox": 1}
     missing = "has no star_wd0.1-seed0, hyperparam-seed0: left out"
     assert missing in capsys.readouterr().out
     line = f"app4 --quick --out {tmp_path / 'out'} --runs {tmp_path}"
@@ -283,7 +262,5 @@ def test_runs_that_began_trained_are_labelled(tmp_path):
     write_run(tmp_path, "star_wd0.5")
     write_run(tmp_path, "star_wd0.1", init="theta.npz")
     result, _ = runs_of(tmp_path, ("star_wd0.5", "star_wd0.1"), steps=20)
-    assert list(result["labels"].values()) == [
-        "STAR, decay 0.5",
-        "STAR, decay 0.1, begun trained",
-    ]
+    labels = ["STAR, decay 0.5", "STAR, decay 0.1, begun trained"]
+    assert list(result["labels"].values()) == labels
