@@ -2,8 +2,8 @@
 
 An estimator sees how a trajectory starts and how its next window of K steps runs under
 theta. It estimates the gradient of the mean loss over a trajectory of T steps, smoothed
-over theta by a Gaussian of standard deviation sigma. What is unrolled it never asks. theta
-is one array; `jax.flatten_util.ravel_pytree` makes one of a tree.
+over theta by a Gaussian of standard deviation sigma. theta is one array, such as
+`jax.flatten_util.ravel_pytree` makes of a tree.
 
     problem = unroll(fresh, step, length=50, loss_limit=3.45)
     estimator = population(pes(problem, windows=40, sigma=0.01), particles=4)
@@ -20,12 +20,8 @@ is one array; `jax.flatten_util.ravel_pytree` makes one of a tree.
   merged         that of a window   near the smaller of the two   2 K, there and back
 
 The variance of an ES kind is about size(theta) |gradient|^2 where the loss is smooth, and
-never above (range of the loss / sigma)^2. A way back costs about twice the way there and
-keeps the states of K steps, where ES keeps one. Use pes or noise_reuse_es for long
-unrolls, merged for short or smooth ones, bptt to see it explode.
-
-The file stands alone: copy it. It needs only jax. N particles, K steps in a window,
-T = K * windows steps in a trajectory, xi the perturbation of theta.
+never above (range of the loss / sigma)^2. N is the number of particles, xi a perturbation
+of theta. The file stands alone: copy it. It needs only jax.
 """
 
 from collections.abc import Callable
@@ -74,10 +70,7 @@ def clip_loss(loss: jax.Array, limit: jax.Array | float) -> jax.Array:
 
 
 def whole(problem: Problem, windows: int) -> Problem:
-    """The problem whose one window is a whole trajectory of `windows` windows.
-
-    `jax.checkpoint`: the tape holds one window and the carries between, not all T steps.
-    """
+    """The problem whose one window is a whole trajectory; its tape holds one window."""
 
     def run(theta, carry, key):
         @jax.checkpoint
@@ -92,10 +85,9 @@ def whole(problem: Problem, windows: int) -> Problem:
 
 # --- evolution strategies: antithetic pairs
 def antithetic_difference(losses: jax.Array, credit: jax.Array, sigma: float):
-    """credit (L(theta + xi) - L(theta - xi)) / (2 sigma^2), the estimate of one pair.
+    """credit (L(theta + xi) - L(theta - xi)) / (2 sigma^2), L the means of losses (2, K).
 
-    losses: (2, K), L their means. The differences are averaged, since a difference of
-    means that are equal may be a rounding error instead of 0.
+    The differences are averaged: equal losses then give 0, and no rounding error.
     """
     return credit * (losses[0] - losses[1]).mean() / (2 * sigma**2)
 
@@ -104,64 +96,63 @@ def pes(problem: Problem, windows: Any, sigma: float, each=jax.vmap) -> Estimato
     """Persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021).
 
     Every window draws a new xi. Its losses are credited to the sum of all perturbations of
-    the trajectory so far, so that PES is unbiased for the loss of the whole trajectory:
-        g = sum(xi) (L(theta + xi) - L(theta - xi)) / (2 sigma^2)
+    the trajectory so far, so that PES is unbiased for the loss of the whole trajectory.
 
     windows, here and below: in a trajectory; may be traced. each: `jax.vmap` or
-    `sequential`, for the two runs of a pair.
+    `sequential`, for the two runs of a pair. ValueError for a sigma that is not positive.
     """
 
-    def estimate(key, theta, pair):
-        pair, xi, key = next_window(problem, windows, sigma, key, theta, pair)
-        carry, losses = run_pair(problem, each, theta, xi, pair.carry, key)
-        xi_sum = pair.xi_sum + xi
-        g = antithetic_difference(losses, xi_sum, sigma)
-        return g, Pair(carry, xi, xi_sum, pair.window + 1), {"loss": losses.mean()}
+    def rule(pair, xi):
+        return pair.carry, xi, pair.xi_sum + xi
 
-    return Estimator(partial(start, problem, windows, sigma), estimate)
+    return antithetic_pairs(problem, windows, sigma, each, rule)
 
 
 def noise_reuse_es(problem, windows: Any, sigma: float, each=jax.vmap) -> Estimator:
     """One xi for a whole trajectory (Li, Harrison et al. 2023; Vicol 2023, ES-Single).
 
-        g = xi (L(theta + xi) - L(theta - xi)) / (2 sigma^2)
     Unbiased like PES. Its variance does not grow with the windows where the windows'
     gradients agree. Where they do not, it is larger than that of PES.
     """
 
-    def estimate(key, theta, pair):
-        pair, _, key = next_window(problem, windows, sigma, key, theta, pair)
-        carry, losses = run_pair(problem, each, theta, pair.xi, pair.carry, key)
-        g = antithetic_difference(losses, pair.xi, sigma)
-        pair = pair._replace(carry=carry, window=pair.window + 1)
-        return g, pair, {"loss": losses.mean()}
+    def rule(pair, xi):
+        return pair.carry, pair.xi, pair.xi
 
-    return Estimator(partial(start, problem, windows, sigma), estimate)
+    return antithetic_pairs(problem, windows, sigma, each, rule)
 
 
 def truncated_es(problem, windows: Any, sigma: float, each=jax.vmap) -> Estimator:
-    """ES within each window, with a new xi and both runs from the same carry.
+    """ES within each window, with a new xi and both runs from the carry of the first.
 
-    The formula of `noise_reuse_es`. Biased for more than one window: the losses of a
-    window are not credited to what theta did to the carry before.
+    Biased for more than one window: the losses of a window are not credited to what theta
+    did to the carry before.
     """
 
-    def estimate(key, theta, pair):
-        pair, xi, key = next_window(problem, windows, sigma, key, theta, pair)
-        carry, losses = run_pair(problem, each, theta, xi, pair.carry, key)
-        g = antithetic_difference(losses, xi, sigma)
-        pair = Pair(rejoin(carry), xi, pair.xi_sum, pair.window + 1)
-        return g, pair, {"loss": losses.mean()}
+    def rule(pair, xi):
+        return both_from_first(pair.carry), xi, xi
 
-    return Estimator(partial(start, problem, windows, sigma), estimate)
+    return antithetic_pairs(problem, windows, sigma, each, rule)
 
 
 def es(problem: Problem, windows: int, sigma: float, each=jax.vmap) -> Estimator:
-    """Antithetic ES over whole trajectories (Salimans et al. 2017; Metz 2019, section 3).
-
-    Unbiased for the loss that one perturbation a trajectory smooths, however rough.
-    """
+    """Antithetic ES over whole trajectories (Metz et al. 2019, section 3)."""
     return truncated_es(whole(problem, windows), 1, sigma, each)
+
+
+def antithetic_pairs(problem, windows, sigma, each, rule: Callable) -> Estimator:
+    """rule: (pair, new xi) -> (carry to go on from, xi to use, what the losses credit)."""
+    if isinstance(sigma, float | int) and sigma <= 0:
+        raise ValueError(f"sigma must be positive, not {sigma}")
+
+    def estimate(key, theta, pair):
+        pair, xi, key = next_window(problem, windows, sigma, key, theta, pair)
+        carry, xi, credit = rule(pair, xi)
+        carry, losses = run_pair(problem, each, theta, xi, carry, key)
+        g = antithetic_difference(losses, credit, sigma)
+        pair = Pair(carry, xi, pair.xi_sum + xi, pair.window + 1)
+        return g, pair, {"loss": losses.mean()}
+
+    return Estimator(partial(start, problem, windows, sigma), estimate)
 
 
 def start(problem, windows, sigma, key, theta, phase=0.0) -> Pair:
@@ -169,8 +160,8 @@ def start(problem, windows, sigma, key, theta, phase=0.0) -> Pair:
     carry_key, xi_key = jax.random.split(key)
     return Pair(
         carry=jax.tree.map(lambda x: jnp.stack([x, x]), problem.fresh(carry_key)),
-        xi=sigma * jax.random.normal(xi_key, theta.shape),
-        xi_sum=jnp.zeros(theta.shape, theta.dtype),
+        xi=sigma * jax.random.normal(xi_key, theta.shape, theta.dtype),
+        xi_sum=jnp.zeros_like(theta),
         window=jnp.floor(phase * windows + 1e-3).astype(jnp.int32),  # 1e-3: of rounding
     )
 
@@ -183,7 +174,11 @@ def next_window(problem, windows, sigma, key, theta, pair):
         lambda: start(problem, windows, sigma, fresh_key, theta),
         lambda: pair,
     )
-    return pair, sigma * jax.random.normal(xi_key, theta.shape), run_key
+    return pair, sigma * jax.random.normal(xi_key, theta.shape, theta.dtype), run_key
+
+
+def both_from_first(carry: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), carry)
 
 
 def run_pair(problem, each, theta, xi, carry, key):
@@ -194,11 +189,6 @@ def run_pair(problem, each, theta, xi, carry, key):
     """
     both = jnp.stack([theta + xi, theta - xi])
     return each(lambda theta, carry: problem.run(theta, carry, key))(both, carry)
-
-
-def rejoin(carry: Any) -> Any:
-    """Both runs of a pair go on from the carry of the first."""
-    return jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), carry)
 
 
 # --- backpropagation
@@ -250,10 +240,10 @@ def merged(problem: Problem, windows: Any, sigma: float, each=jax.vmap) -> Estim
 
     def estimate(key, theta, pair):
         pair, xi, key = next_window(problem, windows, sigma, key, theta, pair)
-        both = Problem(problem.fresh, run)
-        (carry, g), losses = run_pair(both, each, theta, xi, pair.carry, key)
+        both, carry = Problem(problem.fresh, run), both_from_first(pair.carry)
+        (carry, g), losses = run_pair(both, each, theta, xi, carry, key)
         g = {"bptt": g.mean(0), "es": antithetic_difference(losses, xi, sigma)}
-        pair = Pair(rejoin(carry), xi, pair.xi_sum, pair.window + 1)
+        pair = Pair(carry, xi, pair.xi_sum + xi, pair.window + 1)
         return g, pair, {"loss": losses.mean()}
 
     return Estimator(partial(start, problem, windows, sigma), estimate)
@@ -263,23 +253,21 @@ def merged(problem: Problem, windows: Any, sigma: float, each=jax.vmap) -> Estim
 def mean_of_particles(grads: jax.Array) -> tuple[jax.Array, dict]:
     """(N, ...) -> (mean, {"grad_noise": its standard error, all entries together}).
 
-    Entry by entry over those that are finite, 0 where none is. A backpropagated run that
-    has exploded has nan or inf, though its loss is clipped. Leaving it out is a bias.
+    Entry by entry, over those that are finite: gradients of exploded runs are left out.
     """
     finite = jnp.isfinite(grads)
-    n = jnp.maximum(finite.sum(0), 1)
-    mean = jnp.where(finite, grads, 0).sum(0) / n
-    off = jnp.where(finite, grads - mean[None], 0)
-    variance = (off**2).sum(0) / jnp.maximum(n - 1, 1) / n
-    return mean, {"grad_noise": jnp.sqrt(variance.sum())}
+    n = finite.sum(0)
+    mean = grads.mean(0, where=finite)
+    variance = grads.var(0, where=finite, ddof=1) / n
+    noise = jnp.sqrt(jnp.where(n > 1, variance, 0).sum())
+    return jnp.where(n > 0, mean, 0), {"grad_noise": noise}
 
 
 def population(
     estimator: Estimator, particles: int, each=jax.vmap, combine=mean_of_particles
 ) -> Estimator:
-    """N independent particles, staggered evenly over the trajectory, and their mean.
+    """N independent particles. Particle i starts as if i/N of its trajectory were over.
 
-    Particle i starts its first trajectory as if i/N of it were over, with a fresh carry.
     each: `jax.vmap`, or `sequential`, which is faster on a CPU. combine: gradients
     (N, ...) -> (gradient, metrics), `inverse_variance_mean` for `merged`.
     """
@@ -311,33 +299,27 @@ def inverse_variance_mean(grads: dict[str, jax.Array]) -> tuple[jax.Array, dict]
     grads: {"bptt": (N, ...), "es": (N, ...)}, N >= 2. Metrics: `grad_noise`, the standard
     error of g, and for each of the two its `noise` and its mean `weight`.
 
-    Mean and variance come from the same few samples, as in the paper. So the variance of g
-    is that of the better one times up to 1.3 at N = 4 and 1.05 from N = 8 for Gaussian
-    samples. ES gradients have heavy tails and need N = 32 to 128 for 1.1 (figure metz4).
+    As in the paper, mean and variance come from the same few samples. ES gradients have
+    heavy tails, and need N = 32 to 128 for 1.1 of the better variance (figure metz4).
     """
     n = len(grads["es"])
     g_rp, s2_rp = usable_mean_and_variance(grads["bptt"])
     g_es, s2_es = usable_mean_and_variance(grads["es"])
     precision = 1 / s2_rp + 1 / s2_es
-    g = (g_rp / s2_rp + g_es / s2_es) / precision
     some = precision > 0  # where neither is usable, g is 0
+    g = jnp.where(some, (g_rp / s2_rp + g_es / s2_es) / precision, 0)
     share = jnp.where(some, 1 / s2_rp / precision, 0).mean()
-    metrics = {
-        "grad_noise": jnp.sqrt(jnp.where(some, 1 / precision, 0).sum() / n),
-        "bptt_noise": jnp.sqrt(s2_rp.sum() / n),
-        "es_noise": jnp.sqrt(s2_es.sum() / n),
-        "bptt_weight": share,
-        "es_weight": some.mean() - share,
-    }
-    return jnp.where(some, g, 0), metrics
+    metrics = {"bptt_weight": share, "es_weight": some.mean() - share}
+    variances = {"grad": jnp.where(some, 1 / precision, 0), "bptt": s2_rp, "es": s2_es}
+    metrics |= {f"{k}_noise": jnp.sqrt(x.sum() / n) for k, x in variances.items()}
+    return g, metrics
 
 
 def usable_mean_and_variance(grads: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and variance (n - 1) over the N particles, entry by entry, for equation 1.
 
-    An entry with nan, inf or an overflow, or with nothing but exact zeros (behind a dead
-    unit), is not usable: its mean is 0 and its variance inf, so that the other estimator
-    decides. A share of 1e-6 of the largest value is added to s, against division by 0.
+    An entry with nan or inf, or with zeros only (behind a dead unit), gets mean 0 and
+    variance inf, so that the other estimator decides. s gains 1e-6 of the largest value.
     """
     largest = jnp.abs(grads).max(0)
     s2 = grads.var(0, ddof=1) + (1e-6 * largest) ** 2
