@@ -19,6 +19,7 @@ EACH = pytest.mark.parametrize("each", [jax.vmap, sequential])
 KEY = jax.random.key(0)
 ONE = np.float32(1)
 SIGMA = 0.1
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 PAIRS = 4096
 
 
@@ -50,9 +51,7 @@ def assert_mean(samples, expected, slack=1e-6):
     assert (off < 6 * error + slack).all(), (samples.mean(0), expected)
 
 
-# --- Problems whose gradient is known
-
-
+# --- problems whose gradient is known
 def line(length):
     """s' = s + theta, loss s': after t steps the loss is t theta, its gradient t."""
     return unroll(lambda key: jnp.zeros(()), lambda th, s, key: (s + th,) * 2, length)
@@ -124,9 +123,7 @@ def smoothed_gradients(name, sigma):
     return np.einsum("n,tn...->t...", w, values)
 
 
-# --- What is unbiased, and what is not
-
-
+# --- what is unbiased, and what is not
 @pytest.mark.parametrize("name", UNBIASED)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_estimator_is_unbiased(problem, name):
@@ -184,9 +181,7 @@ def test_pes_and_noise_reuse_estimate_the_smoothed_gradient(seed, theta):
     assert_mean(gradients(GROWTH[noise_reuse_es], seed, ONE * t, 2).mean(0), slopes / 4)
 
 
-# --- The equations and the states, one by one
-
-
+# --- the equations and the states, one by one
 def test_antithetic_difference_is_its_formula():
     """credit (mean of L+ - mean of L-) / (2 sigma^2); equal losses give exactly 0."""
     rng = np.random.default_rng(0)
@@ -209,7 +204,7 @@ def test_truncated_es_starts_both_runs_from_the_same_carry():
     _, state, _ = history(TRUNCATED, KEY, ONE, 4)
     first = np.cumsum(3 + 3 * np.asarray(state.xi))
     second = np.append(0, first[:-1]) + 3 - 3 * np.asarray(state.xi)
-    np.testing.assert_allclose(state.carry, np.stack([first, second], 1), rtol=1e-5)
+    close(state.carry, np.stack([first, second], 1))
 
 
 def test_noise_reuse_keeps_one_perturbation_a_trajectory():
@@ -252,9 +247,7 @@ def test_antithetic_pairs_cancel_even_terms():
     assert not gradients(pes(even, 3, SIGMA), 0, 0 * ONE, 6).any()
 
 
-# --- Backpropagation
-
-
+# --- backpropagation
 def test_whole_and_bptt_equal_one_long_unroll():
     """Two windows of 4 as one of 8: the same carry and losses (8,), and bptt's gradient is
     jax.grad of their mean. It runs once, at theta itself."""
@@ -262,7 +255,6 @@ def test_whole_and_bptt_equal_one_long_unroll():
     runs = [p.run(theta, p.fresh(KEY), KEY) for p in (network(8), whole(network(4), 2))]
     grads, _, metrics = history(estimators.bptt(network(4), 2), KEY, theta, 1)
     expected = jax.jit(jax.value_and_grad(network_loss))(theta)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     jax.tree.map(close, *runs)
     jax.tree.map(close, (metrics["loss"][0], grads[0]), expected)
 
@@ -282,10 +274,10 @@ def test_merged_has_the_reparameterisation_and_the_es_gradient_of_one_pair():
     grads, *rest = history(merged, KEY, ONE, 3)
     expected, *same = history(es, KEY, ONE, 3)
     np.testing.assert_allclose(grads["es"], expected, rtol=1e-4)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), rest, same)
+    jax.tree.map(close, rest, same)
     t = 1 + np.array([[1], [-1]]) * np.asarray(same[0].xi)
     slopes = (1 + 2 * t + 3 * t**2).mean(0) / 3
-    np.testing.assert_allclose(grads["bptt"], slopes, rtol=1e-5)
+    close(grads["bptt"], slopes)
 
 
 @pytest.mark.parametrize("each", [None, sequential, jax.vmap])
@@ -306,19 +298,18 @@ def test_backpropagation_keeps_one_window_and_one_data_set(each):
         memory = jax.jit(estimate).lower(data).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
+    def in_windows(problem):
+        if each is None:
+            return estimators.bptt(problem, 20)
+        return estimators.merged(whole(problem, 20), 1, SIGMA, each)
+
     tape = bytes_of(lambda problem: estimators.truncated_bptt(problem, 1), 400)
     carries = 20 * 20_000 * 4  # one for each window
-    if each is None:
-        runs, found = 1, bytes_of(lambda problem: estimators.bptt(problem, 20), 20)
-    else:
-        merged = functools.partial(estimators.merged, windows=1, sigma=SIGMA, each=each)
-        runs, found = 2, bytes_of(lambda problem: merged(whole(problem, 20)), 20)
+    found, runs = bytes_of(in_windows, 20), 2 if each else 1
     assert found < runs * (carries + 1.3 * 20 / 400 * tape) < 32e6
 
 
-# --- Many particles
-
-
+# --- many particles
 @pytest.mark.parametrize("particles, windows", [(4, 8), (3, 7), (5, 2), (1, 3)])
 def test_particles_start_staggered(particles, windows):
     """The first windows spread evenly over the trajectory, the first at 0."""
@@ -335,7 +326,6 @@ def test_population_is_the_mean_of_independent_particles(each):
     state, one = jax.jit(many.init)(KEY, theta), jax.vmap(pair.estimate, (0, None, 0))
     grads, expected, metrics = jax.jit(one)(jax.random.split(KEY, 5), theta, state)
     grad, state, summary = jax.jit(many.estimate)(KEY, theta, state)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     jax.tree.map(close, state, expected)
     close(grad, grads.mean())
     close(summary["loss"], metrics["loss"].mean())
@@ -373,9 +363,7 @@ def test_estimates_keep_the_types_of_the_state():
     assert jax.eval_shape(many.estimate, KEY, ONE, state)[1] == state
 
 
-# --- The mean of particles, and equation 1 of Metz et al. 2019
-
-
+# --- the mean of particles, and equation 1 of Metz et al. 2019
 def drawn(seed, particles, spread=1.0, mean=1.0, size=50):
     """Gradients of both kinds, of which "es" has the given standard deviation."""
     bptt, es = np.random.default_rng(seed).normal(size=(2, particles, size))
@@ -458,7 +446,7 @@ def test_mean_of_particles_leaves_the_exploded_out():
     found, metrics = jax.jit(estimators.mean_of_particles)(grads)
     left = [x[np.isfinite(x)] for x in grads.T]
     expected = [x.mean() if len(x) else 0 for x in left]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    close(found, expected)
     squares = [x.var(ddof=1) / len(x) for x in left if len(x) > 1]
     assert metrics["grad_noise"] == pytest.approx(np.sum(squares) ** 0.5, rel=1e-5)
 
