@@ -16,8 +16,6 @@ that of aggregated momentum (Lucas et al. 2018):
 
     v_j' = beta_j v_j + g,  u = -sum alpha_j v_j'
 
-For a linear readout of the new state, u = w'h', this is alpha_j = -(w'R_j)(L_j B).
-
 Deviations from the paper: equation 4 has beta (v + v*) where beta (v - v*) is meant. It
 calls a_j = L_j B the learning rate of mode j; that depends on the length of the
 eigenvector and leaves the readout out, so we count both.
