@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import eval as evaluation
 from baselines import BASELINES, LEARNING_RATES, as_theta, curves, from_optax
 from experiments.catalogue import SUITES, TASKS
-from store import Arguments, UserError, clock, fcntl, run_command, write_atomically
+from store import Arguments, UserError, fcntl, run_command, write_atomically
 
-TUNED = pathlib.Path(__file__).resolve().parent / "tuned.json"
 SEARCH_SEED = 30_000  # apart from the seeds of training and of evaluation
 CRITERION = "mean of the last tenth of the training losses"
 
@@ -202,10 +202,10 @@ def tune(asked: dict, data: Any, report: Callable = lambda done: None) -> dict:
     }
 
 
-def load_tuned(path: str | pathlib.Path = TUNED) -> dict[tuple[str, str, int], dict]:
+def load_tuned(path: pathlib.Path) -> dict[tuple[str, str, int], dict]:
     """{(task, optimizer, steps): result of `tune`}; {} without a file."""
     try:
-        results = json.loads(pathlib.Path(path).read_text())
+        results = json.loads(path.read_text())
         return {(r["task"], r["optimizer"], r["steps"]): r for r in results}
     except FileNotFoundError:
         return {}
@@ -227,17 +227,6 @@ def save_tuned(path: pathlib.Path, result: dict) -> None:
         lines = [json.dumps(results[key], allow_nan=False) for key in sorted(results)]
         text = "[\n" + ",\n".join(lines) + "\n]\n"
         write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def reporter(label: str, steps: int) -> Callable:
-    """report(inner steps done) for `tune`: a line with the time left of this search."""
-    begin = time.perf_counter()
-
-    def report(done):
-        left = clock((time.perf_counter() - begin) / done * (steps - done))
-        print(f"{label}: {done}/{steps} inner steps, {left} left", flush=True)
-
-    return report
 
 
 def line(result: dict) -> str:
@@ -288,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.items() <= there.get((task, optimizer, args.steps), {}).items():
             print(f"{label}: in {path} already", flush=True)
             continue
-        result = tune(asked, data, reporter(label, args.steps))
+        result = tune(asked, data, evaluation.counter(label, args.steps, budget))
         save_tuned(path, result)
-        print(line(result), flush=True)
+        print(f"\n{line(result)}", flush=True)
     print(f"results in {path}")
     return 0
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 
 import baselines
+import eval as evaluation
 from baselines import BASELINES, as_theta, curves, ema
 from experiments import tuning
 from experiments.tuning import candidates, load_tuned, nadamw_config, nadamw_theta, tune
@@ -310,8 +311,8 @@ def test_progress_has_the_time_left(monkeypatch, capsys):
     """22 s for 2 of 8 steps: 66 s left."""
     times = iter([0.0, 22.0])
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(times))
-    tuning.reporter("a", 8)(2)
-    assert "2/8 inner steps, 0:01:06 left" in capsys.readouterr().out
+    evaluation.counter("a", 8, 1)(2)
+    assert "a: 2/8, 0 steps/s, 0:01:06 left" in capsys.readouterr().out
 
 
 BAD_INPUT = """--task imagenet
@@ -341,7 +342,7 @@ def test_bad_input_is_one_line_and_exit_code_2(line, tuned, tmp_path, capsys):
 
 def test_shipped_results_are_searches_that_can_be_repeated():
     """Each theta is the candidate with the lowest loss, found on the real data."""
-    results = load_tuned()
+    results = load_tuned(evaluation.TUNED)
     assert {("fmnist", name, 2000) for name in BASELINES} <= set(results)
     for (task, optimizer, steps), result in results.items():
         tried = candidates(optimizer, result["budget"], steps)
