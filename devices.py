@@ -6,9 +6,11 @@ needs. What a particle does depends on its key, never on its device: the same ru
 devices differs by rounding alone.
 """
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from store import UserError
 
 SPLIT, WHOLE = P("particles"), P()
-PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as lost
+PEER_TIMEOUT = 60  # seconds that a process waits for the others to appear, or to answer
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -30,11 +32,16 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     runtime ends all others; the run goes on from its checkpoint with --resume.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    all_of_them = (
+        f"{num_processes or 'all'} processes at {coordinator or 'their cluster'}"
+    )
+    print(f"waiting up to {PEER_TIMEOUT} s for {all_of_them}", flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
+            initialization_timeout=PEER_TIMEOUT,
             heartbeat_timeout_seconds=PEER_TIMEOUT,
             shutdown_timeout_seconds=PEER_TIMEOUT,
         )
@@ -45,26 +52,44 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def stop_after(step: int, interrupted: bool) -> bool:
-    """Whether all processes stop after this step, the same for all of them.
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable]:
+    """stop(step): whether all processes stop after this step, since one was interrupted.
 
-    A process that is interrupted tells the runtime by the signal with which a cluster ends
-    its jobs. The runtime settles on a step that no process has passed.
+    Ctrl-C and SIGTERM are noted and looked at between steps, since the state of a step
+    under way is donated and cannot be saved. A second one stops at once. Several processes
+    tell the runtime by SIGTERM, and it settles on a step that no process has passed.
     """
-    if jax.process_count() == 1:
-        return interrupted
-    if interrupted:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return multihost_utils.reached_preemption_sync_point(step)
+    asked, several = [], jax.process_count() > 1
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def stop(step):
+        if not several:
+            return bool(asked)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    signals = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []  # they reach the main thread alone
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave() -> None:
     """Part from the other processes; what follows is of this one alone."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # no longer for the runtime to tell
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the runtime had it
 
 
 def mesh_of(per_process: int) -> Mesh | None:

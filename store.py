@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 import zipfile
@@ -34,7 +35,11 @@ class UserError(Exception):
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse whose errors are a UserError: their one line, without the usage above."""
+    """argparse for whole flags, values such as -1e-6, and errors of one line."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, allow_abbrev=False, **more)
+        self._negative_number_matcher = re.compile(r"-[\d.]")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -59,23 +64,41 @@ def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict
             of, *_ = get_args(field.type) or (field.type,)
             choices = field.metadata.get("choices")
             parser.add_argument(name, type=of, choices=choices, help=text)
-    given = vars(parser.parse_args(argv))
-    return {name: value for name, value in given.items() if value is not None}
+    given = vars(parser.parse_args(argv)).items()
+    given = {name: value for name, value in given if value is not None}
+    paths = {"out", "init", "data_dir"} & given.keys()
+    return given | {name: os.path.expanduser(given[name]) for name in paths}
 
 
 def run_command(program: str, main: Callable, argv: Sequence[str] | None = None) -> int:
-    """main(argv)'s exit code; what the user got wrong as one line and exit code 2."""
+    """main(argv)'s exit code. What the user got wrong is one line and exit code 2.
+
+    All runs in float32, also where the environment enables float64.
+    """
     try:
-        return main(argv)
+        with jax.enable_x64(False):
+            code = main(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except (UserError, DataError) as error:
         reason = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
-        reason = f"{error.filename or 'file'}: {error.strerror or error}"
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and type(error) is not MemoryError:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error)
+        if type(error) is MemoryError or "RESOURCE_EXHAUSTED" in reason:
+            reason = "out of memory"
+        elif (
+            "nitialize backend" not in reason
+        ):  # JAX_PLATFORMS names one that is not here
             raise
-        reason = "out of memory"
-    print(f"{program}: {' '.join(reason.splitlines())}", file=sys.stderr)
+    print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
     return 2
 
 
@@ -151,7 +174,7 @@ def write_atomically(path: pathlib.Path, write: Callable) -> None:
 
     Raises OSError, which names the file, and then leaves what was there before.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -210,13 +233,18 @@ def save_run(folder, recipe, made, about, state, card) -> None:
     save_json(folder / "theta.json", card)
 
 
-def load_checkpoint(folder, recipe, about, template):
-    """(recipe, state) of a run to go on with. UserError where recipe or data differ."""
+def read_checkpoint(folder: pathlib.Path) -> tuple[dict, dict]:
+    """(recipe and data set of the run that the folder holds, arrays of its state)."""
     path = folder / "checkpoint.npz"
     arrays = read_npz(path)
     if "made_with" not in arrays:
         raise UserError(f"{path} is not a checkpoint of train.py")
-    saved = json.loads(str(arrays.pop("made_with")))
+    return json.loads(str(arrays.pop("made_with"))), arrays
+
+
+def load_checkpoint(folder, recipe, about, template):
+    """(recipe, state) of a run to go on with. UserError where recipe or data differ."""
+    path, (saved, arrays) = folder / "checkpoint.npz", read_checkpoint(folder)
     if saved["dataset_checksum"] != about["dataset_checksum"]:
         raise UserError(f"{path} was made on other data than {about['dataset']}")
     for name, value in dataclasses.asdict(recipe).items():
@@ -224,8 +252,7 @@ def load_checkpoint(folder, recipe, about, template):
             was = f"--{name.replace('_', '-')} {saved.get(name)}"
             raise UserError(f"{path} was made with {was}, not {value}")
     origin = {name: saved[name] for name in ("init", "fresh_meta")}
-    state = unflatten(template, arrays, path)
-    return dataclasses.replace(recipe, **origin), state
+    return dataclasses.replace(recipe, **origin), unflatten(template, arrays, path)
 
 
 def make_card(recipe: Any, made: Any, about: dict, rows: list) -> dict:

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +38,14 @@ import estimators
 import star
 import star_fast
 import store
-from store import UserError, load_checkpoint, make_card, save_run, unravel_of
+from store import (
+    NOT_RECIPE,
+    UserError,
+    load_checkpoint,
+    make_card,
+    save_run,
+    unravel_of,
+)
 from tasks import TASKS, compiler_options, each, inner_problem
 
 ESTIMATORS = {
@@ -282,19 +288,19 @@ COLUMNS = ("step", "meta_loss", "grad_norm", "grad_noise", "seconds")  # of log.
 
 def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
     """Meta-steps up to --steps, or to Ctrl-C. rows: of the log; it gains one a step."""
-    key, pending, writes = run_keys(recipe)[2], [], jax.process_index() == 0
+    key, pending = run_keys(recipe)[2], []
     begun = time.perf_counter() - (rows[-1][-1] if rows else 0.0)
 
-    def flush():
-        new = [[float(x) for x in row] for row in pending]  # waits for the device
+    def flush():  # waits for the device
+        new = [[float(x) for x in row] for row in pending]
         pending.clear()
+        last, now = rows[-1][-1] if rows else 0.0, time.perf_counter() - begun
+        rows.extend([*row, now] for row in new)
         if not new:
             return
-        last = rows[-1][-1] if rows else 0.0
-        seconds = (time.perf_counter() - begun - last) / len(new)
-        rows.extend([*row, last + (i + 1) * seconds] for i, row in enumerate(new))
         step, _, grad_norm, *_ = rows[-1]
         recent = baselines.ema([row[1] for row in rows[-200:]], 0.95)[-1]
+        seconds = (now - last) / len(new)
         rate = float(made.inner_steps(step) - made.inner_steps(step - 1)) / seconds
         print(
             f"meta-step {int(step)}/{recipe.steps}  meta-loss {recent:.4f}  "
@@ -306,7 +312,7 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
     def save_all():
         flush()
         whole = devices.fetch(state)
-        if writes:
+        if jax.process_index() == 0:
             store.write_csv(folder / "log.csv", COLUMNS, rows)
             card = make_card(recipe, made, about, rows)
             save_run(folder, recipe, made, about, whole, card)
@@ -314,37 +320,19 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
     first = int(state.step)
     if not recipe.resume:
         save_all()  # so that a run killed before its first checkpoint resumes, too
-    with interrupts() as interrupted:
+    with devices.interrupts() as interrupted:
         for step in range(first + 1, recipe.steps + 1):
             state, metrics = step_fn(data, key, state)
             names = ("loss", "grad_norm", "grad_noise")
             pending.append([step, *(metrics[name] for name in names)])
             if step % 10 == 0:
                 flush()
-            stop = devices.stop_after(step, bool(interrupted))
+            stop = interrupted(step)
             if stop or step % recipe.checkpoint_every == 0 or step == recipe.steps:
                 save_all()
             if stop:
                 break
     return devices.fetch(state)
-
-
-@contextlib.contextmanager
-def interrupts():
-    """A list that Ctrl-C fills, to look at between steps: the state of a step under way
-    is donated, and cannot be saved. A second Ctrl-C stops at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def start_from(recipe: Recipe, made: Parts, data: Any, state: TrainState) -> TrainState:
@@ -367,61 +355,66 @@ def start_from(recipe: Recipe, made: Parts, data: Any, state: TrainState) -> Tra
 
 
 def finish(recipe, made, build, folder, about, data, state, rows) -> None:
-    """Compare on fresh seeds; the last card, the figure and the last lines."""
-    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
+    """Compare on fresh seeds; the last card, the last lines and the figure."""
     first = made.optimizer.init_theta(run_keys(recipe)[0])
+    theta = unravel_of(made.optimizer)(jnp.asarray(state.theta))
     thetas = {"fresh": theta, "untrained": first}
     if made.constants.get("nominal", "none") != "none":  # a direction of 0 makes f_b 0
         silent = {name: first[name].at[..., 0].set(0) for name in ("w2", "b2")}
         thetas["nominal"] = first | silent
+    fresh = baselines.on_fresh_seeds
     card = make_card(recipe, made, about, rows)
-    card |= baselines.on_fresh_seeds(
-        build, data, made.optimizer, thetas, recipe.horizon
-    )
+    card |= fresh(build, data, made.optimizer, thetas, recipe.horizon)
     save_run(folder, recipe, made, about, state, card)
-    figure = baselines.draw_meta_training(np.array(rows)[:, :2], card)
-    store.save_figure(folder / "curve.png", figure)
-    nominal = card.get("nominal_loss")
-    alone = f" (nominal term alone {nominal:.4f})" if nominal is not None else ""
+    others = {f"Adam {card['adam_learning_rate']:g}": "adam_loss"}
+    others |= {"untrained": "untrained_loss", "nominal term alone": "nominal_loss"}
+    found = [f"{name} {card[key]:.4f}" for name, key in others.items() if key in card]
     print(
         f"mean training loss over {recipe.horizon} inner steps, 3 fresh seeds: "
         f"theta {card['fresh_loss']:.4f} +- {card['fresh_loss_std']:.4f}, "
-        f"untrained {card['untrained_loss']:.4f}{alone}, "
-        f"Adam {card['adam_learning_rate']:g} {card['adam_loss']:.4f}"
+        f"{', '.join(found)}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
+    figure = baselines.draw_meta_training(np.array(rows)[:, :2], card)
+    store.save_figure(folder / "curve.png", figure)
 
 
 # --- the command line
 def parse(argv=None, kind=Recipe, known=TASKS) -> Recipe:
-    """The recipe of a command line, checked; UserError for one that cannot work."""
+    """The recipe of a command line, checked; UserError for one that cannot work.
+
+    With --resume, what the command line leaves out is that of the run in the folder.
+    """
     given = store.given_flags(argv, kind, __doc__)
-    preset, task = given.get("preset", "default"), given.get("task", kind.task)
-    for name, value, names in (
-        ("preset", preset, kind.presets),
-        ("task", task, known),
-    ):
-        if value not in names:
+    for name, names in ("preset", kind.presets), ("task", known):
+        if given.get(name, getattr(kind, name)) not in names:
+            value = given.get(name, getattr(kind, name))
             raise UserError(f"--{name} {value!r} is none of {', '.join(names)}")
-    recipe = kind(**kind.presets[preset] | given)
+    recipe = kind(**kind.presets[given.get("preset", "default")] | given)
+    if recipe.resume and recipe.init:
+        raise UserError("--init begins anew, --resume goes on from its checkpoint")
+    if recipe.resume:
+        saved, _ = store.read_checkpoint(folder_of(recipe))
+        names = {field.name for field in dataclasses.fields(kind)}.difference(
+            NOT_RECIPE
+        )
+        recipe = kind(**{k: saved[k] for k in names & saved.keys()} | given)
     check(recipe)
     return recipe
 
 
+def folder_of(recipe: Recipe) -> pathlib.Path:
+    name = f"{recipe.task}-{recipe.optimizer}-seed{recipe.seed}"
+    return pathlib.Path(recipe.out or f"runs/{name}")
+
+
 def check(recipe: Recipe) -> None:
     """UserError for a setting that cannot work."""
-    whole = (
-        "steps",
-        "particles",
-        "horizon",
-        "truncation",
-        "checkpoint_every",
-        "devices",
-    )
-    ranges = dict.fromkeys(whole, (1, 2**31 - 1))
+    counts = "steps particles horizon truncation checkpoint_every devices".split()
+    ranges = dict.fromkeys(counts, (1, 2**31 - 1))
     ranges |= dict.fromkeys(("meta_lr", "clip", "sigma"), (1e-38, 1e38))
-    ranges |= {"weight_decay": (0, 1e38), "seed": (0, 2**32 - 1)}
-    ranges |= {"start_horizon": (1e-6, 1), "beta3": (-1e38, 1e38)}
+    ranges |= dict(weight_decay=(0, 1e38), start_horizon=(1e-6, 1))
+    ranges |= dict(beta3=(-1e38, 1e38), seed=(0, 2**32 - 1))
     for name, (low, high) in ranges.items():
         value = getattr(recipe, name)
         if value is not None and not low <= value <= high:
@@ -431,10 +424,6 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"--truncation {recipe.truncation} does not divide {long}")
     if recipe.estimator == "merged" and recipe.particles < 4:
         raise UserError("--estimator merged needs 4 --particles or more for variances")
-    if recipe.resume and recipe.init:
-        raise UserError(
-            "--resume goes on from the folder's checkpoint, not from --init"
-        )
     peers = (recipe.coordinator, recipe.num_processes, recipe.process_id)
     if peers != (None,) * 3 and (None in peers or not recipe.distributed):
         names = "--coordinator, --num-processes and --process-id"
@@ -450,11 +439,9 @@ def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
     if mesh and recipe.particles % mesh.size:
         several = f"--particles {recipe.particles}"
         raise UserError(f"{several} cannot be shared by {mesh.size} devices")
-    name = f"{recipe.task}-{recipe.optimizer}-seed{recipe.seed}"
-    folder = pathlib.Path(recipe.out or f"runs/{name}")
+    folder, spec = folder_of(recipe), tasks[recipe.task]
     if not recipe.resume and (folder / "checkpoint.npz").exists():
         raise UserError(f"{folder} holds a run: --resume it, or choose another --out")
-    spec = tasks[recipe.task]
     made = parts(recipe, spec.build)
     if recipe.init:
         made.load(recipe.init)  # a bad file is refused before data is looked for

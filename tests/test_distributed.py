@@ -23,8 +23,9 @@ os.fsync = lambda file: (time.sleep(0.05), fsync(file))
 {TRAIN}"""
 # Dies in its sixth meta-step, as if its machine had lost power.
 DYING = """import os, devices
-stop = devices.stop_after
-devices.stop_after = lambda step, _: stop(step, _) if step < 6 else os.kill(os.getpid(), 9)
+point = devices.multihost_utils.reached_preemption_sync_point
+dies = lambda step: point(step) if step < 6 else os.kill(os.getpid(), 9)
+devices.multihost_utils.reached_preemption_sync_point = dies
 """
 NOTICED_SOON = f"import devices; devices.PEER_TIMEOUT = 10\n{TRAIN}"
 SOME, MANY = (pytest.mark.heavy, 2), (pytest.mark.slow, 20)

@@ -235,13 +235,13 @@ train.py --sigma nan -> --sigma must be in 1e-38 ..
 train.py --weight-decay -1 -> --weight-decay must be in 0 ..
 train.py --beta3 nan -> --beta3 must be in
 train.py --estimator merged --particles 3 -> merged needs 4 --particles or more
-train.py --init {files}/absent.npz -> absent.npz does not exist
-train.py --init {files}/cut.npz -> cut.npz holds no theta of STAR
-train.py --init {files}/checkpoint.npz -> checkpoint.npz holds no theta of STAR
+train.py --init {files}/absent.npz -> absent.npz: No such file
+train.py --init {files}/cut.npz -> cut.npz cannot be used:
+train.py --init {files}/checkpoint.npz -> checkpoint.npz cannot be used:
 train.py --init {files}/half.npz -> half.npz is for
 train.py --init {finished}/theta.npz -> has 12 meta-steps behind it and --steps is 12
-train.py --init {finished}/theta.npz --resume -> --resume goes on from the folder's
-train.py --resume --out {files}/nothing -> checkpoint.npz does not exist
+train.py --init {finished}/theta.npz --resume -> --init begins anew, --resume goes on
+train.py --resume --out {files}/nothing -> checkpoint.npz: No such file
 train.py --resume --out {files} -> checkpoint.npz is not a checkpoint of
 train.py --resume --out {files}/other -> checkpoint.npz was made on other data than
 train.py --resume --out {finished} --sigma 0.5 -> checkpoint.npz was made with --sigma
@@ -249,7 +249,7 @@ train.py --out {finished} -> holds a run: --resume it, or choose another --out
 train.py --out {files}/cut.npz -> cut.npz: File exists
 train.py --task fmnist --data real --data-dir {files}/absent -> absent is not a folder
 eval.py --baselines adam,lion -> no baseline lion
-eval.py --theta {files}/cut.npz -> cut.npz holds no theta of STAR
+eval.py --theta {files}/cut.npz -> cut.npz cannot be used:
 eval.py --steps 0 -> must be at least 1
 """
 
