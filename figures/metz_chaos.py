@@ -171,12 +171,15 @@ def compute_9(spacing: float) -> list[dict]:
     .056, and with 0 and up to .095, low rates end in the first minimum, higher ones in the
     second, and the highest diverge. sigma is one of ln(rate): a rate cannot go below 0.
     """
-    runs = (0.8, (0.002, 0.056)), (0.0, (0.01, 0.095))
-    settings = [(lambda x, mu=mu: (jnp.exp(x), mu), np.log(ends)) for mu, ends in runs]
-    return [compute_toy(*setting, spacing, (5, 10, 20, 40, 60)) for setting in settings]
+
+    def row(momentum, rates):
+        setting, ends = lambda x: (jnp.exp(x), momentum), np.log(rates)
+        return compute_toy(setting, ends, spacing, (5, 10, 20, 40, 60))
+
+    return [row(0.8, (0.002, 0.056)), row(0.0, (0.01, 0.095))]
 
 
-def plot_toy(figure: Figure, result: dict, theta: str, name: str, decode: Callable):
+def plot_toy(figure, result, theta="momentum", name="momentum", decode=np.asarray):
     """A row each: the loss, w over time, the final loss, the largest slopes against T.
 
     theta: what the slopes are by. name, decode: what to show in its place.
@@ -423,35 +426,24 @@ def _toy(compute: Callable, spacing: float, name: str, args: Any) -> tuple:
     return result, f"Metz et al. 2019, figure {name}", about
 
 
-def _network(compute: Callable, name: str, full: tuple, quick: tuple, args: Any):
+def _mlp(compute: Callable, name: str, sizes: dict, args: Any) -> tuple:
     data, about = TASKS["fmnist_small"].load(args.data, args.data_dir)
     task = TASKS["fmnist_small"].build(data, jax.random.key(0))
-    result = compute(task, jax.random.key(1), *(quick if args.quick else full))
+    result = compute(task, jax.random.key(1), *sizes[args.quick])
     return result, f"Metz et al. 2019, figure {name}, {about['dataset']}", about
 
 
 STEPS = [5, 10, 20, 40]
-FULL = STEPS, (0.3, 2.0, 0.0015), (0.1575, 0.005)
-QUICK = STEPS[:3], (0.9, 1.3, 0.003), (0.075, 0.01)
+SIZES_2D = {False: (100, STEPS), True: (25, STEPS)}  # by --quick
+SIZES_2EF = {
+    False: (STEPS, (0.3, 2.0, 0.0015), (0.1575, 0.005)),
+    True: (STEPS[:3], (0.9, 1.3, 0.003), (0.075, 0.01)),
+}
+plot_rates = partial(plot_toy, theta="ln(rate)", name="learning rate", decode=np.exp)
+ONE_WEIGHT = "2a-c: one weight, learning rate 0.01", "9: one weight, learning rates"
 FIGURES = {
-    "metz2abc": (
-        partial(_toy, compute_2abc, 1e-4, "2a-c: one weight, learning rate 0.01"),
-        partial(plot_toy, theta="momentum", name="momentum", decode=np.asarray),
-        (17, 4.3),
-    ),
-    "metz9": (
-        partial(_toy, compute_9, 2e-4, "9: one weight, learning rates"),
-        partial(plot_toy, theta="ln(rate)", name="learning rate", decode=np.exp),
-        (17, 8.6),
-    ),
-    "metz2d": (
-        partial(_network, compute_2d, "2d", (100, STEPS), (25, STEPS)),
-        plot_2d,
-        (17, 4.3),
-    ),
-    "metz2ef": (
-        partial(_network, compute_2ef, "2e, f", FULL, QUICK),
-        plot_2ef,
-        (16.8, 12),
-    ),
+    "metz2abc": (partial(_toy, compute_2abc, 1e-4, ONE_WEIGHT[0]), plot_toy, (17, 4.3)),
+    "metz9": (partial(_toy, compute_9, 2e-4, ONE_WEIGHT[1]), plot_rates, (17, 8.6)),
+    "metz2d": (partial(_mlp, compute_2d, "2d", SIZES_2D), plot_2d, (17, 4.3)),
+    "metz2ef": (partial(_mlp, compute_2ef, "2e, f", SIZES_2EF), plot_2ef, (16.8, 12)),
 }

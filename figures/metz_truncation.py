@@ -159,14 +159,14 @@ def plot_metz3(figure: Figure, result: dict) -> None:
     lengths, probes = result["lengths"], result["probes"]
     above, below = figure.subfigures(2, 1)
     *paths, outer_loss = above.subplots(1, len(lengths) + 1)
+    gradients = below.subplots(1, len(probes), squeeze=False)[0]
     for axis, length in zip(paths, lengths, strict=True):
         _draw_paths(axis, result, length)
     _draw_outer_loss(outer_loss, result)
-    axes = below.subplots(1, len(probes), squeeze=False)[0]
-    for j, axis in enumerate(axes):
+    for j, axis in enumerate(gradients):
         _draw_gradients(axis, result, j)
-    axes[0].set_ylabel("d (mean loss of the window at t) / d ln rate")
-    for axis in (*paths, outer_loss, *axes):
+    gradients[0].set_ylabel("d (mean loss of the window at t) / d ln rate")
+    for axis in (*paths, outer_loss, *gradients):
         axis.legend(fontsize=7)
 
 
@@ -188,11 +188,11 @@ def _draw_outer_loss(axis: Any, result: dict) -> None:
     loss, best = result["grid_loss"], result["best_rate"]
     axis.plot(result["rates"], loss, "k.-", lw=1)
     axis.plot(best, loss.min(), "k*", ms=13, label=f"best of the grid: {best:.2g}")
-    for e, name in enumerate(result["estimators"]):
-        for i, length in enumerate(result["lengths"]):
-            x, y = (result[k][e, i] for k in ("final_rate", "loss_at_final_rate"))
-            label = f"{name}, K = {length}"
-            axis.plot(x, y, f"C{e}{MARKERS[i]}", mfc="none", label=label)
+    ends = result["final_rate"], result["loss_at_final_rate"]  # (E, K, S) each
+    for e, i in np.ndindex(ends[0].shape[:2]):
+        label = f"{result['estimators'][e]}, K = {result['lengths'][i]}"
+        x, y = (end[e, i] for end in ends)
+        axis.plot(x, y, f"C{e}{MARKERS[i]}", mfc="none", label=label)
     axis.set(xscale="log", xlabel="learning rate (marks: where meta-training ended)")
     axis.set(ylabel=f"mean loss over T = {result['steps']} (nats)", title="outer loss")
 
@@ -212,21 +212,13 @@ def _draw_gradients(axis: Any, result: dict, j: int) -> None:
     axis.set(xlabel="inner steps t", title=f"at a rate of {result['probes'][j]:.2g}")
 
 
-QUICK = Setting(
-    steps=200,
-    spent=400,
-    lengths=(10,),
-    starts=(1e-3,),
-    rates=(1e-4, 1e-3, 1e-2, 1e-1),
-    probes=(1,),
-    seeds=2,
-    estimators=("truncated BPTT", "PES"),
-)
+QUICK = dict(steps=200, spent=400, lengths=(10,), starts=(1e-3,), probes=(1,), seeds=2)
+QUICK |= dict(rates=(1e-4, 1e-3, 1e-2, 1e-1), estimators=("truncated BPTT", "PES"))
 
 
 def figure_3(args: Any) -> tuple[dict, str, dict]:
     data, about = TASKS["mnist_small"].load(args.data, args.data_dir)
-    setting = QUICK if args.quick else Setting()
+    setting = Setting(**(QUICK if args.quick else {}))
     result = compute_metz3(TASKS["mnist_small"].build, data, setting)
     title = f"Metz et al. 2019, figure 3: T = {setting.steps}, {about['dataset']}"
     return result, title, about

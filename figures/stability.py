@@ -194,8 +194,8 @@ def compute_2bc(meta_steps: int, seeds: int, alphas: Sequence[float]) -> dict:
     starts = np.multiply.outer(stds, starts)[:, None]  # (4, 1, S, 2, 2)
     starts = starts + np.multiply.outer(alphas, np.eye(2))[:, None]  # (4, A, S, 2, 2)
     train = partial(meta_train, meta_steps=meta_steps)
-    train = jax.jit(jnp.vectorize(train, signature="(n,n),(),()->(m,n,n)"))
-    u = train(starts, clips[:, None, None], keys[None, None])
+    train = jnp.vectorize(train, signature="(n,n),(),()->(m,n,n)")
+    u = jax.jit(train)(starts, clips[:, None, None], keys[None, None])
     u = np.asarray(u, float)  # (4, A, S, M, 2, 2)
 
     best, best_loss = best_step(nqm.paper_model(), UNROLL)
@@ -225,9 +225,7 @@ def draw_mean(axis, x, lines, undo: Callable, color: str, **style) -> None:
     axis.plot(x, undo(mean), color=color, **style)
 
 
-def draw_settings(
-    figure, result, curves: dict, optimum: float, undo=lambda x: x
-) -> Any:
+def draw_settings(figure, result: dict, curves: dict, optimum, undo=lambda x: x) -> Any:
     """A panel for each setting, a color for each alpha; curves: style -> (4, A, S, M).
 
     EMA 0.95. Where seeds start apart, each is a thin line, and the thick one their median.
@@ -262,9 +260,8 @@ def plot_2b(figure: Figure, result: dict) -> None:
     axes = draw_settings(figure, result, curves, best)
     for axis in axes.flat:
         axis.axhline(1, color="k", lw=0.8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("|eigenvalues of A| (EMA 0.95)")
-    axes[1, 0].set_ylim(0, 2.5)
+    axes[0, 0].set_ylabel("|eigenvalues of A| (EMA 0.95)")
+    axes[1, 0].set(ylabel="|eigenvalues of A| (EMA 0.95)", ylim=(0, 2.5))
 
 
 def plot_2c(figure: Figure, result: dict) -> None:
