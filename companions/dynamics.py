@@ -30,7 +30,6 @@ parameter, P the shape of a parameter tensor, M accumulators.
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -235,8 +234,9 @@ def accumulator_rates(optimizer, theta, decays, grads, state, params, entries):
 
         return jax.jvp(update_at, (0.0,), (1.0,))[1]
 
-    numbers = jnp.arange(len(jax.tree.leaves(entries)[0]))
-    means = jnp.arange(len(decays))
-    slopes = jax.lax.map(lambda k: jax.lax.map(partial(slope, k), numbers), means)
+    count, each = len(decays), len(jax.tree.leaves(entries)[0])
+    k, n = jnp.divmod(jnp.arange(count * each), each)
+    slopes = jax.lax.map(lambda pair: slope(*pair), (k, n))
     # the slope by m_k' is that by m_k over beta_k
-    return jax.tree.map(lambda s: -((1 - decays) / decays)[:, None] * s, slopes)
+    scale = ((1 - decays) / decays)[:, None]
+    return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)
