@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import optax
 
@@ -133,13 +134,12 @@ def curves(
     """
     chunk = min(steps, 500)
     jit = partial(jax.jit, compiler_options=compiler_options())
-    n = len(keys)
-    stacked = jax.tree.map(lambda *x: jnp.repeat(jnp.stack(x), n, 0), *thetas)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *thetas)
     init_keys, run_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    init_keys, run_keys = (jnp.tile(k, len(thetas)) for k in (init_keys, run_keys))
 
     def start(data, keys):
-        return jax.vmap(partial(fresh, partial(build, data), optimizer))(keys)
+        carry = jax.vmap(partial(fresh, partial(build, data), optimizer))(keys)
+        return jax.tree.map(lambda x: jnp.stack([x] * len(thetas)), carry)
 
     def advance(data, thetas, carry, keys, first, length):
         def run(theta, carry, key):
@@ -149,14 +149,17 @@ def curves(
 
             return jax.lax.scan(one, carry, first + jnp.arange(length))
 
-        return each()(run)(thetas, carry, keys)
+        def seeds(theta, carry):  # keys are no axis of the thetas: all see one batch
+            return each()(partial(run, theta))(carry, keys)
+
+        return each()(seeds)(thetas, carry)
 
     def finish(data, carry):
         def test(carry):
             member = jax.random.wrap_key_data(carry.member)
             return build(data, member).evaluate(carry.params)
 
-        return each()(test)(carry)
+        return each()(each()(test))(carry)
 
     carry = jit(start)(data, init_keys)
     jitted = jit(advance, static_argnums=5, donate_argnums=2)
@@ -172,9 +175,7 @@ def curves(
         seconds += time.perf_counter() - begin
         report(first + length)
     test = {k: np.asarray(x) for k, x in jit(finish)(data, carry).items()}
-    shape = len(thetas), n
-    losses = np.concatenate(losses, 1).reshape(*shape, -1)
-    return Curves(losses, {k: x.reshape(shape) for k, x in test.items()}, seconds)
+    return Curves(np.concatenate(losses, 2), test, seconds)
 
 
 def ema(values: Any, decay: float) -> np.ndarray:
@@ -210,8 +211,6 @@ def on_fresh_seeds(build, data, optimizer, thetas: dict, steps: int) -> dict:
 
 def draw_meta_training(rows: np.ndarray, card: dict) -> Any:
     """A figure: the meta-loss, (meta-steps, 2), with the losses on the card for scale."""
-    import matplotlib.figure
-
     steps, losses = rows.T
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

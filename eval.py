@@ -179,15 +179,20 @@ def save(folder: pathlib.Path, asked: dict, entries: list[Entry], about: dict) -
     table = np.column_stack([np.arange(1, losses.shape[1] + 1), losses.T])
     store.write_csv(folder / "curves.csv", ["step", *names], table)
     save_table(folder / "table.csv", [entry.row for entry in entries])
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    draw(axes, entries, f"{asked['task']}, {len(seeds)} seed(s)\n{about['dataset']}")
-    axes.set(xlabel="inner steps", ylabel="training loss (EMA 0.98)")
-    axes.legend(fontsize=8)
-    store.save_figure(folder / "curves.png", figure)
+    title = f"{asked['task']}, seeds: {len(seeds)}\n{about['dataset']}"
+    store.draw_figure(folder / "curves.png", figure_of, entries, title)
     described = [{"row": entry.row, "settings": entry.settings} for entry in entries]
     results = {"arguments": asked, **about, "entries": described}
     store.save_json(folder / "results.json", results)
+
+
+def figure_of(entries: list[Entry], title: str) -> Figure:
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, entries, title)
+    axes.set(xlabel="inner steps", ylabel="training loss (nats, EMA 0.98)")
+    axes.legend(fontsize=8)
+    return figure
 
 
 def limit_y(axes: Any, lines: list[np.ndarray], top: float = 99.5) -> None:

@@ -35,11 +35,18 @@ class UserError(Exception):
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse for whole flags, values such as -1e-6, and errors of one line."""
+    """argparse for whole flags, values such as -1e-6 and ~/x, and errors of one line."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, allow_abbrev=False, **more)
         self._negative_number_matcher = re.compile(r"-[\d.]")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(args, name, os.path.expanduser(value))
+        return args
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -65,9 +72,7 @@ def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict
             choices = field.metadata.get("choices")
             parser.add_argument(name, type=of, choices=choices, help=text)
     given = vars(parser.parse_args(argv)).items()
-    given = {name: value for name, value in given if value is not None}
-    paths = {"out", "init", "data_dir"} & given.keys()
-    return given | {name: os.path.expanduser(given[name]) for name in paths}
+    return {name: value for name, value in given if value is not None}
 
 
 def run_command(program: str, main: Callable, argv: Sequence[str] | None = None) -> int:
@@ -196,6 +201,14 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 def save_figure(path: pathlib.Path, figure: Any, dpi: int = 150) -> None:
     """A matplotlib figure as PNG, written as `write_atomically` does."""
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
+
+
+def draw_figure(path: pathlib.Path, draw: Callable, *args: Any) -> None:
+    """Saves the figure that draw(*args) returns. A failure costs the figure and a line."""
+    try:
+        save_figure(path, draw(*args))
+    except Exception as error:  # whatever it is, the results matter more
+        print(f"{path} is not drawn: {error}", file=sys.stderr)
 
 
 # --- the files of a run of train.py, made from its Recipe, Parts and TrainState

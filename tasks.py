@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import data as datasets
 import estimators
@@ -61,7 +62,7 @@ def inner_step(build, optimizer, theta, carry: Carry, key) -> tuple[Carry, jax.A
     batch = task.batch(batch_key, "train")
     loss, grads = jax.value_and_grad(task.loss)(carry.params, loss_key, batch)
     updates, state = optimizer.update(theta, grads, carry.optimizer, carry.params)
-    params = jax.tree.map(lambda p, u: p + u, carry.params, updates)
+    params = optax.apply_updates(carry.params, updates)
     return carry._replace(params=params, optimizer=state), loss
 
 

@@ -375,8 +375,8 @@ def finish(recipe, made, build, folder, about, data, state, rows) -> None:
         f"{', '.join(found)}"
     )
     print(f"theta in {folder / 'theta.npz'}, curve in {folder / 'curve.png'}")
-    figure = baselines.draw_meta_training(np.array(rows)[:, :2], card)
-    store.save_figure(folder / "curve.png", figure)
+    rows = np.array(rows)[:, :2]
+    store.draw_figure(folder / "curve.png", baselines.draw_meta_training, rows, card)
 
 
 # --- the command line

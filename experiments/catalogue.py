@@ -8,7 +8,6 @@ Deviations: CIFAR-100 in place of ImageNet, whose pictures may not be passed on,
 of any text in place of the One Billion Word benchmark (see `kinds.language_model`).
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import data as datasets
+import store
 import tasks
 from companions import metz, problems
 from experiments import kinds, networks
@@ -244,7 +244,7 @@ def measure(name: str) -> tuple[int, float, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    store.Arguments(description=__doc__).parse_args(argv)
     print(f"{'task':24} {'parameters':>10} {'GFLOP/step':>10}  {'data':22}  stands for")
     for name in TASKS:
         count, gflop, dataset = measure(name)
@@ -256,4 +256,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(store.run_command("experiments.catalogue", main))
