@@ -20,6 +20,7 @@ that changes during training. The file stands alone. Its command checks an H and
 
 import argparse
 import ast
+import signal
 from functools import partial
 from typing import NamedTuple
 
@@ -327,4 +328,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly with `| head`
     main()

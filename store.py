@@ -95,16 +95,23 @@ def run_command(program: str, main: Callable, argv: Sequence[str] | None = None)
         reason = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error)
-        if type(error) is MemoryError or "RESOURCE_EXHAUSTED" in reason:
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        if type(error) is MemoryError or "RESOURCE_EXHAUSTED" in str(error):
             reason = "out of memory"
-        elif (
-            "nitialize backend" not in reason
-        ):  # JAX_PLATFORMS names one that is not here
+        elif has_backend():
             raise
+        else:
+            reason = f"no backend {os.environ.get('JAX_PLATFORMS', '')!r} here. {error}"
     print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+def has_backend() -> bool:
+    """Whether JAX finds the backend that JAX_PLATFORMS names, or any."""
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def clock(seconds: float) -> str:

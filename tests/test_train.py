@@ -119,6 +119,7 @@ def out_of_memory():
 # Step, what happens there, exit code, what is said, meta-steps saved.
 STOPS = {
     "Ctrl-C": (6, lambda: os.kill(os.getpid(), signal.SIGINT), 130, "saved at 7", 7),
+    "SIGTERM": (6, lambda: os.kill(os.getpid(), signal.SIGTERM), 130, "saved at 7", 7),
     "no room for the log": (6, lambda: room_on_disk(150), 2, "log.csv: File too", 4),
     "no room": (6, lambda: room_on_disk(2000), 2, "checkpoint.npz: File too large", 4),
     "no memory": (6, out_of_memory, 2, "out of memory", 4),
