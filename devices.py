@@ -9,6 +9,7 @@ devices differs by rounding alone.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,22 +33,29 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     runtime ends all others; the run goes on from its checkpoint with --resume.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    all_of_them = (
-        f"{num_processes or 'all'} processes at {coordinator or 'their cluster'}"
-    )
-    print(f"waiting up to {PEER_TIMEOUT} s for {all_of_them}", flush=True)
+    whom = f"all {num_processes or ''} processes at {coordinator or 'their cluster'}"
+    print(f"waiting up to {PEER_TIMEOUT} s for {whom}", flush=True)
+
+    def give_up():  # before the runtime does, which aborts with a trace
+        print(f"train.py: --distributed waited in vain for {whom}", file=sys.stderr)
+        os._exit(2)
+
+    timer = threading.Timer(PEER_TIMEOUT, give_up)
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=PEER_TIMEOUT,
+            initialization_timeout=2 * PEER_TIMEOUT,
             heartbeat_timeout_seconds=PEER_TIMEOUT,
             shutdown_timeout_seconds=PEER_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--distributed finds no other processes: {reason}") from None
+    finally:
+        timer.cancel()
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -343,6 +343,8 @@ def only_run_in(folder: str | pathlib.Path) -> Iterator[None]:
         raise UserError(f"another run is writing in {folder}") from None
     except OSError:  # a file system without locks
         pass
+    for left in pathlib.Path(folder).glob("*.tmp"):  # by a run that was killed
+        left.unlink()
     try:
         yield
     finally:

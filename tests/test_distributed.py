@@ -101,11 +101,12 @@ def assert_close(folder, other):
 
 @pytest.mark.heavy
 def test_two_processes_give_the_theta_of_one(finished, tmp_path):
-    """Two particles each, or four. Only process 0 prints and writes."""
+    """Two particles each, or four. Once they have met, only process 0 prints and writes."""
     results = run_together(*pair(tmp_path, TRAIN, TRAIN))
     assert [code for code, *_ in results] == [0, 0], results
     (_, printed, _), (_, silence, _) = results
-    assert "meta-step 12/12" in printed and "theta in" in printed and silence == ""
+    assert "meta-step 12/12" in printed and "theta in" in printed
+    assert silence.startswith("waiting") and silence.count("\n") == 1
     assert_close(tmp_path, finished)
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in finished.iterdir()}
 
@@ -119,6 +120,16 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(finished, tmp_path):
     assert steps_saved(tmp_path) == 4
     assert command(*TINY, "--out", tmp_path, "--resume") == 0
     assert_close(tmp_path, finished)
+
+
+@pytest.mark.heavy
+def test_a_process_that_never_arrives_is_waited_for_in_vain(tmp_path):
+    """Each says for whom it waits, and ends after the time asked with one line."""
+    impatient = f"import devices; devices.PEER_TIMEOUT = 3\n{TRAIN}"
+    for only in pair(tmp_path, impatient, impatient):
+        ((code, out, err),) = run_together(only)
+        assert code == 2 and "waiting up to 3 s for all 2 processes at 127" in out
+        assert "waited in vain for all 2" in err and err.count("\n") == 1
 
 
 @pytest.mark.heavy
