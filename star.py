@@ -107,7 +107,7 @@ def init_tensor(p: Any) -> TensorState:
         raise TypeError(f"STAR updates real floating-point arrays, not {dtype}")
     # One buffer each, so that the state can be donated.
     *m, v2 = (jnp.zeros_like(p, jnp.float32) for _ in range(4))
-    row, col = (jnp.stack([x] * 3) for x in rows_and_columns(v2))
+    row, col = (jnp.zeros_like(jnp.stack([x] * 3)) for x in rows_and_columns(v2))
     return TensorState(tuple(m), v2, row, col)
 
 

@@ -125,6 +125,10 @@ def test_preconditioner_divides_the_blackbox_term_by_v(seed):
     assert_close(nominal + with_v * v, first_update(*args, "no_preconditioner"))
 
 
+def all_finite(*trees):
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(trees))
+
+
 @jax.jit
 def states_of(grads):
     """The state after each of grads (T, 3), while all decays are the named ones."""
@@ -374,6 +378,53 @@ def test_update_compiles_once_and_keeps_the_state_types():
     for _ in range(3):
         state = step(state)
     assert len(traces) == 1 and state.count == 3
+
+
+@pytest.mark.parametrize("form", [star, star_fast])
+@pytest.mark.parametrize("shape", [(2,) + (1,) * 11 + (3,), (0, 3), (0,)])
+def test_tensors_of_any_rank_and_none_at_all(form, shape):
+    """Rank 13, and tensors without an element: nothing is nan, in the state neither."""
+    update, p = form.PRESETS["star"].update, jnp.ones(shape)
+    updates, state = jax.jit(update)(random_theta(0), p, star.init(p), p)
+    assert updates.shape == shape and all_finite(updates, state)
+
+
+@pytest.mark.parametrize("form", [star, star_fast])
+@pytest.mark.parametrize("size", [1e19, 3e38, np.inf])
+def test_one_bad_batch_ends_no_training(form, size):
+    """A huge gradient is clipped at 1e15, and the parameters move on, finite."""
+    update, p = jax.jit(form.PRESETS["star"].update), jnp.ones((4, 3))
+    state = star.init(p)
+    for scale in (1, size, 1):
+        updates, state = update(random_theta(0), scale * jnp.ones((4, 3)), state, p)
+        assert all_finite(updates, state)
+
+
+def test_the_count_stays_at_the_largest_int32():
+    """As optax's does: time features after 2^31 updates are those of before."""
+    last = np.int32(2**31 - 1)
+    state = TRANSFORM.init(PARAMS)._replace(count=jnp.asarray(last))
+    updates, state = TRANSFORM.update(GRADS, state, PARAMS)
+    assert state.count == last and all_finite(updates)
+
+
+def test_what_is_no_array_of_floats_is_named():
+    """Integers, and the functions in an unfiltered model of equinox."""
+    for leaf, name in ((jnp.ones(2, int), "int32"), (jax.nn.relu, "relu|function")):
+        with pytest.raises(TypeError, match=f"STAR updates.*({name}|jax)"):
+            star.init({"leaf": leaf})
+
+
+def test_float64_changes_no_type():
+    """With float64 enabled, and in theta: state and float32 updates stay float32."""
+    with jax.enable_x64(True):
+        theta = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_theta(0))
+        p = jnp.ones((4, 3), jnp.float32)
+        state = star.init(p)
+        updates, after = star.PRESETS["star"].update(theta, p, state, p)
+    assert updates.dtype == jnp.float32
+    kinds = [[x.dtype for x in jax.tree.leaves(s)] for s in (state, after)]
+    assert kinds[0] == kinds[1]
 
 
 # --- Theta and its file

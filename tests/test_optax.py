@@ -1,12 +1,15 @@
 """STAR as an optax transformation under JAX's own transformations, on any tree."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import star
 
@@ -73,17 +76,49 @@ def test_eval_shape_tells_the_state_without_arrays():
     assert (updates["w"].shape, updates["w"].dtype) == ((10**6, 10**6), jnp.bfloat16)
 
 
-def test_sharded_parameters_keep_their_sharding(loop):
-    """The same numbers; updates, momenta and mean squares lie where the parameters do."""
-    mesh = jax.make_mesh((1,), ("data",))
-    put = {"w": NamedSharding(mesh, P("data")), "scale": NamedSharding(mesh, P())}
-    params, grads = jax.device_put(PARAMS, put), jax.device_put(GRADS, put)
-    updates, state = update(grads, TRANSFORM.init(params), params)
-    assert_close((updates, state), loop[0])
-    for name, sharding in put.items():
-        tensors = state.tensors[name]
-        for x in (updates[name], tensors.v2, *tensors.m):
-            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+SHARDED = """
+import jax, star
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+theta = star.PRESETS["star"].init_theta(jax.random.key(0))
+optimizer = star.star(theta)
+specs = {(8, 16): P("x"), (16, 8): P("y", "x"), (8, 8): P(("x", "y")), (8,): P("x")}
+specs |= {(4, 8, 16): P(None, "x", "y"), (8, 4, 6): P("x", None, "y"), (): P()}
+whole = {shape: jax.random.normal(jax.random.key(1), shape) for shape in specs}
+expected, plain = jax.jit(optimizer.update)(whole, optimizer.init(whole), whole)
+for axis_type in (AxisType.Explicit, AxisType.Auto):
+    mesh, traces = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2), []
+    put = {shape: NamedSharding(mesh, spec) for shape, spec in specs.items()}
+    params = {shape: jax.device_put(x, put[shape]) for shape, x in whole.items()}
+
+    @jax.jit
+    def update(grads, state, params):
+        traces.append(1)
+        return optimizer.update(grads, state, params)
+
+    with jax.set_mesh(mesh):
+        state = optimizer.init(params)
+        updates, state = update(params, state, params)
+        for shape, sharding in put.items():
+            tensor = state.tensors[shape]
+            for x in (updates[shape], tensor.v2, *tensor.m):
+                assert x.sharding.is_equivalent_to(sharding, x.ndim), (axis_type, shape)
+            off = abs(jax.device_get(updates[shape]) - expected[shape]).max()
+            assert off < 1e-5 * abs(expected[shape]).max()
+        update(params, state, params)
+        assert len(traces) == 1
+    optimizer.update(params, optimizer.init(params), params)  # without jit, without mesh
+"""
+
+
+@pytest.mark.heavy
+def test_sharded_parameters_keep_their_sharding():
+    """On Explicit and on Auto axes, of any rank, along an axis or two: the same numbers in
+    one compilation, and updates, momenta and mean squares lie where the parameters do."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    root = pathlib.Path(star.__file__).parent
+    command, env = [sys.executable, "-c", SHARDED], os.environ | flags
+    subprocess.run(command, cwd=root, env=env, check=True)
 
 
 @pytest.mark.parametrize(
