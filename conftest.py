@@ -1,16 +1,18 @@
 """Strict JAX, quickly compiled, and a deterministic hypothesis for all tests."""
 
-import importlib.metadata
 import os
 import pathlib
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
 # Most of the tests' time is XLA's: programs that are not optimized compile in a quarter of
 # it. `XLA_FLAGS= pytest` tests them as the commands run them, here and in new processes.
-flags = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib") < "0.11":  # later ones abort at this flag
-    flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", flags)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    # jaxlib 0.11 and later abort at a flag that they do not know, such as this one.
+    + " --xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11"),
+)
 
 import hypothesis
 import jax
