@@ -76,6 +76,15 @@ def test_eval_shape_tells_the_state_without_arrays():
     assert (updates["w"].shape, updates["w"].dtype) == ((10**6, 10**6), jnp.bfloat16)
 
 
+def test_zero_gradients_move_parameters_unless_they_are_frozen():
+    """As the README says: the parameter itself is a feature."""
+    zeros, parts = jax.tree.map(jnp.zeros_like, PARAMS), {"train": TRANSFORM}
+    parts |= {"freeze": optax.set_to_zero()}
+    optimizer = optax.partition(parts, {"w": "freeze", "scale": "train"})
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    assert not updates["w"].any() and updates["scale"] != 0
+
+
 SHARDED = """
 import jax, star
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
