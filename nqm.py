@@ -290,8 +290,8 @@ def check(h: np.ndarray, p: np.ndarray, alpha: float) -> str:
     """Is A = I - (alpha I + P) H stable, which bound is broken, which alpha mends it?"""
     if not np.allclose(h, h.T) or np.linalg.eigvalsh(h)[0] <= 0:
         raise ValueError("H must be symmetric and positive definite")
-    of_a = np.linalg.eigvals(system(nominal_plus(p, alpha), h).a)
-    of_p, (low, high) = np.linalg.eigvals(p), theorem_1(h, alpha)
+    a, (low, high) = system(nominal_plus(p, alpha), h).a, theorem_1(h, alpha)
+    of_a, of_p = (np.real_if_close(np.linalg.eigvals(x)) for x in (a, p))
     rho, least, most = np.abs(of_a).max(), of_p.real.min(), of_p.real.max()
     uphill = "holds" if low <= least else "BROKEN, uphill somewhere"
     overshoots = "holds" if most <= high else "BROKEN, may overshoot"
