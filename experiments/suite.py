@@ -110,6 +110,13 @@ def draw_tasks(figure: Any, results: dict) -> None:
     figure.supylabel("training loss (EMA 0.98)", fontsize=9)
 
 
+def overview(results: dict, title: str) -> Figure:
+    figure = Figure(figsize=panels_size(len(results)), layout="constrained")
+    draw_tasks(figure, results)
+    figure.suptitle(title)
+    return figure
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return evaluation.parse(argv, (*SUITES, *TASKS), __doc__)
 
@@ -123,14 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with store.only_run_in(folder):
         paths = args.theta or [str(evaluation.best_theta("fmnist"))]
         results = on_tasks(SUITES[args.task], args, paths, folder)
-        figure = Figure(figsize=panels_size(len(results)), layout="constrained")
-        draw_tasks(figure, results)
-        figure.suptitle(f"suite {args.task}")
-        store.save_figure(folder / "overview.png", figure)
         table = [entry.row for entries, _ in results.values() for entry in entries]
         evaluation.save_table(folder / "table.csv", table)
         found = {"arguments": vars(args) | {"theta": paths}, "rows": table}
         store.save_json(folder / "results.json", found)
+        title = f"suite {args.task}"
+        store.draw_figure(folder / "overview.png", overview, results, title)
     for task, (entries, about) in results.items():
         print(f"\n{task}, {about['dataset']}")
         evaluation.print_table([entry.row for entry in entries])
