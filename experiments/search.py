@@ -1,0 +1,178 @@
+"""Many recipes of meta-training at once: python -m experiments.search CANDIDATES.jsonl
+
+train.py trains one theta. Here every candidate is meta-trained on several seeds, all of
+them in one program, and then all thetas train fresh networks. On a GPU a hundred runs take
+a few times as long as one. A candidate is a line of JSON with settings of train.Recipe:
+
+    {"estimator": "noise_reuse", "sigma": 0.02, "beta3": 3e-06}
+
+Candidates that differ in TRACED numbers alone share a program. `last_layer` multiplies the
+last layer of the first theta. Results go to a folder: results.json and thetas.npz.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import star
+import star_fast
+import store
+import train
+from baselines import curves
+from estimators import clip_loss
+from experiments.catalogue import TASKS
+
+TRACED = ("beta2", "beta3", "sigma", "meta_lr", "weight_decay", "clip", "last_layer")
+CHUNK = 10  # meta-steps of one call
+
+
+def groups_of(candidates: list[dict]) -> dict:
+    """{what a program fixes, as JSON: candidates that it can train at once}."""
+    groups = {}
+    for candidate in candidates:
+        fixed = {k: v for k, v in candidate.items() if k not in TRACED}
+        groups.setdefault(json.dumps(fixed, sort_keys=True), []).append(candidate)
+    return groups
+
+
+def numbers_of(group: list[dict], seeds: int) -> dict:
+    """{name: (runs,)}, the seeds and TRACED numbers of every candidate on every seed."""
+    recipe = train.Recipe(**{k: v for k, v in group[0].items() if k not in TRACED})
+    usual = dataclasses.asdict(recipe) | {"last_layer": 1.0}
+    usual |= star.CONSTANTS[recipe.optimizer]._asdict()
+    rows = [usual | c | {"seed": seed} for c in group for seed in range(seeds)]
+    return {k: jnp.array([row[k] for row in rows]) for k in (*TRACED, "seed")}
+
+
+def recipe_of(fixed: dict, numbers: dict) -> train.Recipe:
+    rest = {k: x for k, x in numbers.items() if k != "last_layer"}
+    return train.Recipe(**fixed | rest)
+
+
+def start(fixed, build, data, numbers):
+    """The state before the first meta-step of one run."""
+    recipe = recipe_of(fixed, numbers)
+    made = train.parts(recipe, build)
+    theta = made.optimizer.init_theta(train.run_keys(recipe)[0])
+    last = {k: theta[k] * numbers["last_layer"] for k in ("w2", "b2")}
+    state = train.init_state(recipe, made, data)
+    return state._replace(theta=ravel_pytree(theta | last)[0])
+
+
+def advance(fixed, build, data, numbers, state):
+    """(state, meta-losses) after CHUNK meta-steps of one run."""
+    recipe = recipe_of(fixed, numbers)
+    made, key = train.parts(recipe, build), train.run_keys(recipe)[2]
+
+    def one(state, _):
+        state, metrics = train.meta_step(recipe, made, data, key, state)
+        return state, metrics["loss"]
+
+    return jax.lax.scan(one, state, length=CHUNK)
+
+
+def lower(fixed: dict, build, data, numbers):
+    """(states of all runs, the lowered `advance` of them all)."""
+    states = jax.jit(jax.vmap(partial(start, fixed, build), (None, 0)))(data, numbers)
+    every = jax.vmap(partial(advance, fixed, build), (None, 0, 0))
+    return states, jax.jit(every, donate_argnums=2).lower(data, numbers, states)
+
+
+def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
+    """The thetas, (runs, size), flat."""
+    begin = time.perf_counter()
+    for done in range(CHUNK, steps + 1, CHUNK):
+        state, losses = compiled(data, numbers, state)
+        if done % 100 == 0:
+            rate, median = done / (time.perf_counter() - begin), np.median(losses)
+            line = (
+                f"{done}/{steps}  {len(losses)} runs, {rate:.2f} meta-steps/s of each"
+            )
+            print(f"{line}, median meta-loss {median:.3f}", flush=True)
+    return state.theta
+
+
+def with_betas(theta, *args):
+    """STAR's update, with beta2 and beta3 in theta, so that one program evaluates all."""
+    theta = dict(theta)
+    c = star.PAPER._replace(beta2=theta.pop("beta2"), beta3=theta.pop("beta3"))
+    return star_fast.learned_optimizer(c).update(theta, *args)
+
+
+def evaluate(thetas: list, data, build, steps: int, seeds: int) -> np.ndarray:
+    """Losses on fresh networks, clipped as the meta-loss is: (thetas, seeds, steps)."""
+    keys = jax.random.split(jax.random.key(10_000), seeds)
+    optimizer = star.PRESETS["star"]._replace(update=with_betas)
+    found = curves(build, data, optimizer, thetas, keys, steps).losses
+    return np.asarray(clip_loss(found, build(data, keys[0]).loss_limit))
+
+
+def parse(argv=None):
+    parser = store.Arguments("experiments.search", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("candidates", help="file with a JSON object a line")
+    add("--task", default="fmnist_small", choices=tuple(TASKS), metavar="NAME")
+    add("--seeds", type=int, default=3, help="meta-seeds of each candidate")
+    add("--fresh", type=int, default=3, help="fresh networks that each theta trains")
+    add("--seconds", type=float, default=np.inf, help="when to begin no other program")
+    add("--data", default="auto", choices=("real", "stand-in", "auto"))
+    add("--data-dir", help="folder that holds the data set")
+    add("--out", default="runs/search", help="folder of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args, begun = parse(argv), time.perf_counter()
+    lines = pathlib.Path(args.candidates).read_text().splitlines()
+    groups = groups_of([json.loads(line) | {"task": args.task} for line in lines])
+    spec, folder = TASKS[args.task], pathlib.Path(args.out)
+    data, about = spec.load(args.data, args.data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {key: numbers_of(group, args.seeds) for key, group in groups.items()}
+    lowered = {k: lower(json.loads(k), spec.build, data, numbers[k]) for k in groups}
+    with ThreadPoolExecutor() as pool:  # XLA compiles several programs at once
+        compiled = pool.map(lambda made: made[1].compile(), lowered.values())
+        compiled = dict(zip(lowered, compiled, strict=True))
+    print(f"{len(groups)} programs in {time.perf_counter() - begun:.0f} s", flush=True)
+    thetas, found = [], []
+    for key, group in groups.items():
+        if time.perf_counter() - begun > args.seconds:
+            print(f"no time left for {key}")
+            continue
+        recipe, n = train.Recipe(**json.loads(key)), numbers[key]
+        state = lowered.pop(key)[0]
+        flat = meta_train(recipe.steps, compiled[key], data, n, state)
+        unravel = store.unravel_of(star.PRESETS[recipe.optimizer])
+        betas = [{k: n[k][i] for k in ("beta2", "beta3")} for i in range(len(flat))]
+        thetas += [unravel(x) | b for x, b in zip(flat, betas, strict=True)]
+        found += group
+        stacked = jax.tree.map(lambda *x: np.stack(x), *thetas)
+        np.savez(folder / "thetas.npz", **stacked)
+    losses = evaluate(thetas, data, spec.build, recipe.horizon, args.fresh)
+    losses = losses.reshape(len(found), args.seeds, args.fresh, -1)
+    rows = [
+        {"candidate": c, "loss": [round(float(y.mean()), 4) for y in x]}
+        | {"last_200": [round(float(y[:, -200:].mean()), 4) for y in x]}
+        for c, x in zip(found, losses, strict=True)
+    ]
+    rows.sort(key=lambda row: np.mean(row["loss"]))
+    device = jax.devices()[0].device_kind
+    store.save_json(folder / "results.json", about | {"device": device, "rows": rows})
+    for row in rows:
+        print(
+            f"{np.mean(row['loss']):.4f}  {row['loss']}  {json.dumps(row['candidate'])}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(store.run_command("experiments.search", main))
