@@ -17,9 +17,10 @@ import matplotlib.figure
 import numpy as np
 import optax
 
+from devices import compiler_options, each
 from estimators import clip_loss
 from star import LearnedOptimizer
-from tasks import compiler_options, each, fresh, inner_step
+from tasks import fresh, inner_step
 
 # Half orders of magnitude from 1e-5 to 1, the paper's grid (appendix B.3).
 LEARNING_RATES = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 3))[:11]

@@ -82,20 +82,6 @@ def inner_problem(build, optimizer, unravel, length: int) -> estimators.Problem:
     return windows._replace(run=run)
 
 
-def each() -> Callable:
-    """vmap on an accelerator; one run after the other on a CPU, which keeps its caches."""
-    return estimators.sequential if jax.default_backend() == "cpu" else jax.vmap
-
-
-def compiler_options() -> dict:
-    """For `jax.jit`: on a CPU, vectors as wide as AVX-512 has them (ignored elsewhere).
-
-    XLA's default of 256 bits costs a fifth of the inner steps per second where 512 exist.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_prefer_vector_width": "512"} if on_cpu else {}
-
-
 # --- networks: pairs of pure functions
 class Network(NamedTuple):
     init: Callable  # key -> params

@@ -38,6 +38,7 @@ import estimators
 import star
 import star_fast
 import store
+from devices import compiler_options, each
 from store import (
     NOT_RECIPE,
     UserError,
@@ -46,7 +47,7 @@ from store import (
     save_run,
     unravel_of,
 )
-from tasks import TASKS, compiler_options, each, inner_problem
+from tasks import TASKS, inner_problem
 
 ESTIMATORS = {
     "pes": estimators.pes,

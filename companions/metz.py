@@ -174,14 +174,16 @@ def parts(recipe: Recipe, build) -> train.Parts:
         most = math.ceil(longest / length * (1 + recipe.jitter))
         problem = estimators.unroll(start, inner_step, length, limit)
         problem = several(problem, windows, most)
-        pair = estimators.merged(problem, horizon // length, recipe.sigma, tasks.each())
+        pair = estimators.merged(
+            problem, horizon // length, recipe.sigma, devices.each()
+        )
 
         def estimate(key, theta, state):  # of so many windows, not of one
             grads, state, metrics = pair.estimate(key, theta, state)
             return grads, state._replace(window=state.window + windows - 1), metrics
 
         counting = estimators.Estimator(pair.init, estimate)
-        each, merge = devices.split(tasks.each(), mesh), MERGES[recipe.estimator]
+        each, merge = devices.split(devices.each(), mesh), MERGES[recipe.estimator]
         return estimators.population(counting, recipe.particles, each, merge)
 
     def inner_steps(meta_steps):

@@ -23,12 +23,13 @@ from jax.flatten_util import ravel_pytree
 import star
 import star_fast
 from companions.lopts import LEARNED
+from devices import compiler_options, each
 from estimators import inverse_variance_mean, mean_of_particles, population
 from experiments import against
 from experiments.catalogue import TASKS
 from experiments.tuning import OPTIMIZERS as HAND_DESIGNED
 from store import Arguments, UserError, run_command, save_json
-from tasks import compiler_options, each, inner_problem
+from tasks import inner_problem
 from train import ESTIMATORS
 
 # star.py is the plain form, star_fast.py what train.py and eval.py run.

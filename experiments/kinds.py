@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tasks import Network, Split, Task, cross_entropy, each, measured, to_batch
+from devices import each
+from tasks import Network, Split, Task, cross_entropy, measured, to_batch
 
 # In front of the 256 bytes: padding, end, unknown. None of them occurs.
 SPECIAL_TOKENS = 3

@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+import devices
 import star
 import star_fast
 import tasks
@@ -63,7 +64,7 @@ def losses_of(task: str, optimizer: Any, thetas: Any, keys: jax.Array) -> np.nda
     # of two moons few side by side, which fit a CPU's caches better
     side_by_side = min(len(keys), 8 if task == "two_moons" else 3200)
     runs = partial(jax.lax.map, run, batch_size=side_by_side)
-    options = tasks.compiler_options()
+    options = devices.compiler_options()
     return np.asarray(jax.jit(runs, compiler_options=options)((thetas, keys)))
 
 

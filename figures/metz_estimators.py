@@ -16,7 +16,8 @@ import estimators
 import train
 from baselines import ema, on_fresh_seeds
 from companions import lopts, metz
-from tasks import TASKS, compiler_options, each, inner_problem
+from devices import compiler_options, each
+from tasks import TASKS, inner_problem
 
 RATES = (0.03, 1.0)  # of momentum 0.9 on fmnist_small: smooth, and past the stable edge
 # Inner steps, from 3: momentum first shows in the third loss, the rate in the second.

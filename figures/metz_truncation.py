@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 import estimators
 from companions.lopts import LearnedOptimizer, hand_designed
+from devices import compiler_options, each
 from experiments.catalogue import TASKS
 from figures.stability import draw_mean
-from tasks import compiler_options, each, inner_problem
+from tasks import inner_problem
 
 # eps_root is the square of Adam's eps: the root has a slope at 0, and nothing else changes.
 ADAM = hand_designed(partial(optax.adam, eps_root=1e-16), learning_rate=1e-3)

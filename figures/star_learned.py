@@ -25,8 +25,9 @@ import eval as evaluation
 import star
 import store
 from baselines import curves
+from devices import compiler_options, each
 from experiments.catalogue import TASKS
-from tasks import compiler_options, each, fresh, inner_step
+from tasks import fresh, inner_step
 
 # Rows of w0, in the order of star.tensor_features, then time_features: name, how many. An
 # element's "row" and "column" are adafactor's two means of squares.
