@@ -173,10 +173,10 @@ def read_theta(path: str | pathlib.Path, load: Callable) -> Any:
         raise UserError(f"{path} cannot be used: {reason}") from None
 
 
-def theta_for(optimizer: Any, name: str, load: Callable, path: Any) -> dict:
-    """The theta that load(path) gives with this very optimizer; else UserError."""
+def theta_for(asked: Any, name: str, load: Callable, path: Any) -> dict:
+    """The theta of load(path); UserError where what comes with it is not what is asked."""
     theta, theirs = read_theta(path, load)
-    if theirs is not optimizer:
+    if theirs != asked:
         raise UserError(f"{path} is not for {name}")
     return theta
 

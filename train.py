@@ -39,14 +39,7 @@ import star
 import star_fast
 import store
 from devices import compiler_options, each
-from store import (
-    NOT_RECIPE,
-    UserError,
-    load_checkpoint,
-    make_card,
-    save_run,
-    unravel_of,
-)
+from store import UserError, unravel_of
 from tasks import TASKS, inner_problem
 
 ESTIMATORS = {
@@ -56,6 +49,7 @@ ESTIMATORS = {
     "truncated_bptt": lambda *a: estimators.truncated_bptt(*a[:2]),  # no sigma, no pair
     "merged": estimators.merged,
 }
+COMBINE = {"merged": estimators.inverse_variance_mean}  # the others: the mean
 
 
 def flag(default: Any, text: str, **more: Any) -> Any:
@@ -65,18 +59,15 @@ def flag(default: Any, text: str, **more: Any) -> Any:
 PRESETS = {
     "default": {},
     # Appendix B of the paper; it does not start here (docs/recipes.md).
-    "paper": dict(
-        optimizer="star",
-        meta_lr=1e-4,
-        schedule="constant",
-        weight_decay=0.5,
-        start_horizon=1.0,
-    ),
+    "paper": dict(optimizer="star", meta_lr=1e-4, schedule="constant")
+    | dict(weight_decay=0.5, start_horizon=1.0),
     # Lower variance than PES here, so further at equal inner steps.
     "noise_reuse": dict(estimator="noise_reuse"),
     # What got furthest at equal inner steps and the paper's other betas.
     "best": dict(estimator="noise_reuse", horizons="log-uniform", clip_by="norm"),
 }
+HORIZONS = ["doubling", "log-uniform"]  # in the first half, or for each trajectory
+SOURCES = ["real", "stand-in", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +78,9 @@ class Recipe:
     presets: ClassVar[dict] = PRESETS
     preset: str = flag("default", "recipe that the other flags change")
     task: str = flag("fmnist", "inner problem")
-    optimizer: str = flag(
-        "star_small_beta3", "what is meta-trained", choices=tuple(star.CONSTANTS)
-    )
-    beta3: float | None = flag(
-        None, "size of the blackbox step, if not the optimizer's"
-    )
-    estimator: str = flag("pes", "of the meta-gradient", choices=tuple(ESTIMATORS))
+    optimizer: str = flag("star_small_beta3", "meta-trained", choices=[*star.CONSTANTS])
+    beta3: float | None = flag(None, "size of the blackbox step; None: the optimizer's")
+    estimator: str = flag("pes", "of the meta-gradient", choices=[*ESTIMATORS])
     steps: int = flag(2000, "meta-steps")
     particles: int = flag(4, "N, antithetic pairs")
     horizon: int = flag(2000, "T, inner steps of a trajectory")
@@ -102,19 +89,11 @@ class Recipe:
     meta_lr: float = flag(3e-3, "peak learning rate of AdamW")
     weight_decay: float = flag(0.1, "AdamW's, a multiplier of its rate (B.2)")
     clip: float = flag(1.0, "limit of the meta-gradient")
-    clip_by: str = flag("value", "what the limit is for", choices=("value", "norm"))
-    horizons: str = flag(
-        "doubling",
-        "T doubles up to --horizon in the first half, or is drawn for each trajectory",
-        choices=("doubling", "log-uniform"),
-    )
+    clip_by: str = flag("value", "what the limit is for", choices=["value", "norm"])
+    horizons: str = flag("doubling", "T doubles, or is drawn anew", choices=HORIZONS)
     start_horizon: float = flag(0.1, "T at the start, or the shortest, as a share of T")
     seed: int = flag(0, "of everything random")
-    data: str = flag(
-        "auto",
-        "real: fail without it; auto: stand in for it, loudly",
-        choices=("real", "stand-in", "auto"),
-    )
+    data: str = flag("auto", "auto: real, or a stand-in, loudly", choices=SOURCES)
     data_dir: str | None = flag(None, "folder that holds the data set")
     out: str | None = flag(None, "folder of the run; default runs/TASK-OPTIMIZER-seedN")
     init: str | None = flag(None, "start from this theta.npz and its AdamW")
@@ -149,12 +128,6 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
     optimizer = star_fast.learned_optimizer(constants)
     mesh = devices.mesh_of(recipe.devices)
 
-    def load(path):
-        theta, theirs = store.read_theta(path, star.load_theta)
-        if theirs != constants:
-            raise UserError(f"{path} is for {theirs}, this run has {constants}")
-        return theta
-
     def estimator(data, step, key):
         one, unravel = partial(build, data), unravel_of(optimizer)
         problem = inner_problem(one, optimizer, unravel, recipe.truncation)
@@ -163,9 +136,7 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
         pair = make(problem, windows, recipe.sigma, each())
         if recipe.horizons == "log-uniform":
             pair = drawn_lengths(pair, windows, shortest_windows(recipe))
-        combine = estimators.mean_of_particles
-        if recipe.estimator == "merged":
-            combine = estimators.inverse_variance_mean
+        combine = COMBINE.get(recipe.estimator, estimators.mean_of_particles)
         over_devices = devices.split(each(), mesh)
         return estimators.population(pair, recipe.particles, over_devices, combine)
 
@@ -173,7 +144,8 @@ def parts(recipe: Recipe, build: Callable) -> Parts:
         runs = 1 if recipe.estimator == "truncated_bptt" else 2
         return step * runs * recipe.particles * recipe.truncation
 
-    adamw = meta_optimizer(recipe)
+    adamw, load = meta_optimizer(recipe), partial(store.theta_for, constants)
+    load = partial(load, f"{recipe.optimizer} with {constants}", star.load_theta)
     return Parts(optimizer, constants._asdict(), load, estimator, adamw, inner_steps)
 
 
@@ -315,8 +287,8 @@ def loop(recipe, made, folder, about, data, state, rows, step_fn) -> TrainState:
         whole = devices.fetch(state)
         if jax.process_index() == 0:
             store.write_csv(folder / "log.csv", COLUMNS, rows)
-            card = make_card(recipe, made, about, rows)
-            save_run(folder, recipe, made, about, whole, card)
+            card = store.make_card(recipe, made, about, rows)
+            store.save_run(folder, recipe, made, about, whole, card)
 
     first = int(state.step)
     if not recipe.resume:
@@ -364,9 +336,9 @@ def finish(recipe, made, build, folder, about, data, state, rows) -> None:
         silent = {name: first[name].at[..., 0].set(0) for name in ("w2", "b2")}
         thetas["nominal"] = first | silent
     fresh = baselines.on_fresh_seeds
-    card = make_card(recipe, made, about, rows)
+    card = store.make_card(recipe, made, about, rows)
     card |= fresh(build, data, made.optimizer, thetas, recipe.horizon)
-    save_run(folder, recipe, made, about, state, card)
+    store.save_run(folder, recipe, made, about, state, card)
     others = {f"Adam {card['adam_learning_rate']:g}": "adam_loss"}
     others |= {"untrained": "untrained_loss", "nominal term alone": "nominal_loss"}
     found = [f"{name} {card[key]:.4f}" for name, key in others.items() if key in card]
@@ -396,10 +368,10 @@ def parse(argv=None, kind=Recipe, known=TASKS) -> Recipe:
         raise UserError("--init begins anew, --resume goes on from its checkpoint")
     if recipe.resume:
         saved, _ = store.read_checkpoint(folder_of(recipe))
-        names = {field.name for field in dataclasses.fields(kind)}.difference(
-            NOT_RECIPE
-        )
-        recipe = kind(**{k: saved[k] for k in names & saved.keys()} | given)
+        fields = {field.name for field in dataclasses.fields(kind)} - {
+            *store.NOT_RECIPE
+        }
+        recipe = kind(**{k: saved[k] for k in fields & saved.keys()} | given)
     check(recipe)
     return recipe
 
@@ -456,7 +428,7 @@ def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     with store.only_run_in(folder) if writes else contextlib.nullcontext():
         if recipe.resume:
-            recipe, state = load_checkpoint(folder, recipe, about, state)
+            recipe, state = store.load_checkpoint(folder, recipe, about, state)
             rows = store.read_csv(folder / "log.csv", int(state.step))
         settings = dataclasses.asdict(recipe) | about
         print(json.dumps(settings, indent=1))

@@ -239,7 +239,7 @@ train.py --estimator merged --particles 3 -> merged needs 4 --particles or more
 train.py --init {files}/absent.npz -> absent.npz: No such file
 train.py --init {files}/cut.npz -> cut.npz cannot be used:
 train.py --init {files}/checkpoint.npz -> checkpoint.npz cannot be used:
-train.py --init {files}/half.npz -> half.npz is for
+train.py --init {files}/half.npz -> half.npz is not for star_small_beta3 with
 train.py --init {finished}/theta.npz -> has 12 meta-steps behind it and --steps is 12
 train.py --init {finished}/theta.npz --resume -> --init begins anew, --resume goes on
 train.py --resume --out {files}/nothing -> checkpoint.npz: No such file
