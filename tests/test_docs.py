@@ -15,7 +15,7 @@ import eval as evaluation
 import nqm
 import train
 from companions import gru, metz
-from experiments import bench, catalogue, suite, sweep, tuning
+from experiments import bench, catalogue, search, suite, sweep, tuning
 from figures import __main__ as figures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,6 +32,7 @@ PARSERS = {
     "figures": figures.parse,
     "experiments.train": any_task,
     "experiments.suite": suite.parse,
+    "experiments.search": search.parse,
     "experiments.sweep": lambda argv: any_task(sweep.parse(argv)[1]),
     "experiments.tuning": tuning.parse,
     "experiments.bench": bench.parse,
