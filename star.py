@@ -241,7 +241,7 @@ def learned_optimizer(c: Constants = PAPER, network=network) -> LearnedOptimizer
 # nominal term nor division by v; its "No Nom." keeps the division.
 CONSTANTS: dict[str, Constants] = {
     "star": PAPER,
-    "star_small_beta3": Constants(beta3=1e-6),
+    "star_small_beta3": Constants(beta3=3e-6),
     "blackbox": Constants(nominal="none", preconditioner=False),
     "hyperparam": Constants(beta3=0.0),
     "no_preconditioner": Constants(preconditioner=False),

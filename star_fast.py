@@ -9,8 +9,9 @@ w0. This file never builds a feature. Four changes make it quick on a CPU:
 - Mean squares are products of matrices and vectors. XLA's own sums take several times as
   long, and adafactor's features, g * row factor * col factor, need no array of g's size.
 
-Only the network is another. A test shows that both networks agree. In shape comments P is
-the shape of the tensor and H = 4 hidden units.
+Only the network is another. A test shows that both networks agree. Parameters that are
+sharded over an explicit mesh need `star.py`. In shape comments P is the shape of the tensor
+and H = 4 hidden units.
 """
 
 import string

@@ -83,17 +83,19 @@ def run_command(program: str, main: Callable, argv: Sequence[str] | None = None)
     try:
         with jax.enable_x64(False):
             code = main(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        forget_output()
         return 141
     except (UserError, DataError) as error:
         reason = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
+        if error.filename is None:  # only the output has no name
+            forget_output()
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
     except (MemoryError, RuntimeError, AssertionError) as error:
         if type(error) is MemoryError or "RESOURCE_EXHAUSTED" in str(error):
@@ -104,6 +106,11 @@ def run_command(program: str, main: Callable, argv: Sequence[str] | None = None)
             reason = f"no backend {os.environ.get('JAX_PLATFORMS', '')!r} here. {error}"
     print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+def forget_output() -> None:
+    """What is printed goes nowhere, and what waits to be printed, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def has_backend() -> bool:

@@ -48,6 +48,8 @@ class Recipe(train.Recipe):
     task: str = train.flag("linear_regression", "inner problem")
     optimizer: str = train.flag("gru", "meta-trained", choices=tuple(lopts.LEARNED))
     estimator: str = train.flag("bptt", "of the meta-gradient", choices=("bptt", "es"))
+    steps: int = train.flag(2000, "meta-steps")
+    sigma: float = train.flag(0.01, "standard deviation of the perturbations of theta")
     particles: int = train.flag(32, "problems; ES has an antithetic pair on each")
     schedule: str = train.flag(
         "staircase", "of --meta-lr", choices=("staircase", "cosine")

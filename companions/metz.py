@@ -132,6 +132,8 @@ class Recipe(train.Recipe):
         "loss of a training batch before its update, or of another batch after it",
         choices=tuple(OBJECTIVES),
     )
+    steps: int = train.flag(2000, "meta-steps")
+    sigma: float = train.flag(0.01, "standard deviation of the perturbations of theta")
     particles: int = train.flag(8, "N, antithetic pairs")
     unroll: int = train.flag(1000, "inner steps of the last meta-gradients")
     growth: str = train.flag("linear", "of the unroll", choices=tuple(GROWTHS))

@@ -3,8 +3,7 @@
 STAR at four weight decays, blackbox, hyperparam, no preconditioner, no nominal term, all
 with the same recipe and budget, seed after seed. Each run is a folder of train.py's,
 OUT/VARIANT-seedN. Finished runs are skipped and others resumed. Flags that are not listed
-here go to train.py, the same for every run: --steps 1000 --preset best (the preset is
-noise_reuse unless given).
+here go to train.py, the same for every run, such as --steps 1000 --preset small.
 
 `--ship FOLDER` leaves there what the figures need of finished runs, a few KB each.
 """
@@ -31,7 +30,7 @@ VARIANTS = {
     "blackbox": ("--optimizer", "blackbox"),
     "hyperparam": ("--optimizer", "hyperparam"),
     "star_wd0.1": (*STAR, "0.1"),
-    "no_nominal": "--optimizer no_nominal --beta3 1e-6 --weight-decay 0.5".split(),
+    "no_nominal": "--optimizer no_nominal --beta3 3e-6 --weight-decay 0.5".split(),
     "no_preconditioner": "--optimizer no_preconditioner --weight-decay 0.5".split(),
     "star_wd0": (*STAR, "0"),
     "star_wd1": (*STAR, "1"),
@@ -53,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     for name in args.only:
         if name not in VARIANTS:
             raise store.UserError(f"unknown variant {name!r}: one of {known}")
-    return args, ["--task", args.task, "--preset", "noise_reuse", *rest]
+    return args, ["--task", args.task, *rest]
 
 
 def finished(folder: pathlib.Path) -> bool:

@@ -16,11 +16,11 @@ FIXED = {"task": "quadratic", "steps": 10, "horizon": 20, "truncation": 5}
 
 def test_candidates_share_a_program_unless_its_shape_differs():
     """Numbers among TRACED are data of one program; the estimator makes another."""
-    candidates = [FIXED, FIXED | {"sigma": 0.1}, FIXED | {"estimator": "noise_reuse"}]
+    candidates = [FIXED, FIXED | {"sigma": 0.1}, FIXED | {"estimator": "pes"}]
     groups = search.groups_of(candidates)
     assert list(groups.values()) == [candidates[:2], candidates[2:]]
     numbers = search.numbers_of(candidates[:2], 2)
-    np.testing.assert_allclose(numbers["sigma"], [0.01, 0.01, 0.1, 0.1])
+    np.testing.assert_allclose(numbers["sigma"], [0.02, 0.02, 0.1, 0.1])
     assert numbers["seed"].tolist() == [0, 1, 0, 1]
 
 

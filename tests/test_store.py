@@ -72,7 +72,7 @@ def raises(error):
 )
 def test_every_end_is_one_line(error, code, says, capsys, monkeypatch):
     """Ctrl-C, a full output, no memory. A reader that went gets no word."""
-    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(store, "forget_output", lambda: None)
     assert store.run_command("x.py", raises(error)) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (says is not None) and all(says in line for line in lines)
@@ -87,11 +87,18 @@ def test_a_backend_that_is_not_there_is_named():
 
 
 @pytest.mark.heavy
-def test_a_reader_may_go():
-    """`| true` ends every program without a word."""
+def test_a_reader_may_go_and_a_disk_may_be_full():
+    """`| true` ends every program without a word, a full output with one line."""
     for program in ("-m experiments.catalogue", "nqm.py"):
         _, _, err = run_in_shell(f"python {program} | true")
         assert err == ""
+    full = "python -m experiments.catalogue > /dev/full"
+    code, _, err = run_in_shell(full)
+    assert (code, err) == (
+        2,
+        "experiments.catalogue: output: No space left on device\n",
+    )
+    assert run_in_shell("python -m experiments.catalogue >&-") == (0, "", "")
 
 
 @pytest.mark.heavy

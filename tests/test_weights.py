@@ -70,7 +70,7 @@ def test_shipped_theta_is_whole(name):
 @pytest.mark.parametrize(
     "flags",
     ["", "--weight-decay 0.0 --meta-lr 1e-05", "--beta3=-0.5 --seed 3 --data real"]
-    + ["--preset best --clip-by value", "--init 'a b.npz' --fresh-meta"],
+    + ["--preset small --clip-by value", "--init 'a b.npz' --fresh-meta"],
 )
 def test_the_command_of_a_new_card_repeats_its_recipe(flags):
     """store.command_line and train.parse undo each other."""
