@@ -1,4 +1,4 @@
-"""Many devices: the particles of a run split over them, theta on each of them.
+"""What depends on devices: how runs are batched, and particles split over many.
 
 Devices, of one process or of several, stand in one row, a mesh with a single axis. Each
 runs its share of the particles. XLA adds the collectives that the mean over particles
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import estimators
-from store import UserError
+from store import UserError, forget_output
 
 SPLIT, WHOLE = P("particles"), P()
 PEER_TIMEOUT = 60  # seconds that a process waits for the others to appear, or to answer
@@ -58,7 +58,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     finally:
         timer.cancel()
     if jax.process_index() != 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        forget_output()
 
 
 @contextlib.contextmanager

@@ -301,6 +301,9 @@ def load_theta(path: Any) -> tuple[dict, Constants]:
     saved = json.loads(str(theta.pop("card", "{}"))).get("constants", {})
     if any(saved.pop(name, value) != value for name, value in FIXED.items()):
         raise ValueError(f"it has other constants than {FIXED}")
+    divides = {True: True, False: False, "rms": True, "none": False}
     c = PAPER._replace(**saved)
-    c = c._replace(preconditioner=c.preconditioner in (True, "rms"))
+    c = c._replace(preconditioner=divides[c.preconditioner])
+    c = c._replace(**{k: float(getattr(c, k)) for k in c._fields if "beta" in k})
+    learned_optimizer(c)  # refuses an unknown nominal term
     return check_theta(theta, c), c

@@ -40,13 +40,8 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, *args, **more):
         super().__init__(*args, allow_abbrev=False, **more)
         self._negative_number_matcher = re.compile(r"-[\d.]")
-
-    def parse_args(self, argv=None):
-        args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            if isinstance(value, str) and value.startswith("~"):
-                setattr(args, name, os.path.expanduser(value))
-        return args
+        for kind in (None, str):  # every text, in lists, too
+            self.register("type", kind, os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

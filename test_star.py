@@ -453,7 +453,8 @@ def test_theta_survives_its_file(name, tmp_path):
 OLD_CARD = dict(normalizer_eps=1e-5, statistic_eps=1e-8, factor_floor=1e-9)
 OLD_CARD |= dict(vector_eps=1e-6, square_floor=1e-30, rms_decay=0.999)
 OLD_CARD |= {f"{x}_decays": [0.9, 0.99, 0.999] for x in ("momentum", "adafactor")}
-BAD_CONSTANTS = [{"beta9": 1}, *({name: 0.5} for name in OLD_CARD)]
+BAD_CONSTANTS = [{"beta9": 1}, {"beta1": "x"}, {"nominal": "lion"}]
+BAD_CONSTANTS += [{name: 0.5} for name in (*OLD_CARD, "preconditioner")]
 
 
 @pytest.mark.parametrize("word, meaning", [("rms", True), ("none", False)])

@@ -157,6 +157,8 @@ def main(argv=None) -> int:
         found += group
         stacked = jax.tree.map(lambda *x: np.stack(x), *thetas)
         np.savez(folder / "thetas.npz", **stacked)
+    if not thetas:
+        raise store.UserError("--seconds left no time for any program")
     losses = evaluate(thetas, data, spec.build, recipe.horizon, args.fresh)
     losses = losses.reshape(len(found), args.seeds, args.fresh, -1)
     rows = [

@@ -15,6 +15,7 @@ import baselines
 import eval as evaluation
 import store
 import train
+from experiments import sweep
 from tasks import TASKS
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -43,6 +44,8 @@ def test_values_may_be_negative_powers_and_home_folders(monkeypatch):
     recipe = train.parse(["--beta3", "-1e-6", "--out=~/run", "--init=~/theta.npz"])
     assert recipe.beta3 == -1e-6
     assert (recipe.out, recipe.init) == ("/home/ada/run", "/home/ada/theta.npz")
+    assert evaluation.parse(["--theta=~/x.npz"]).theta == ["/home/ada/x.npz"]
+    assert sweep.parse(["--out=~/runs"])[0].out == "/home/ada/runs"
 
 
 def test_resume_needs_no_other_flag(finished, capsys):
