@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,8 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray], where: Any) -> Any:
 
 
 # What numpy raises for a file that is damaged, cut off or of another kind.
-DAMAGED = (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (ValueError, TypeError, LookupError, AttributeError, EOFError, zlib.error)
+DAMAGED += (zipfile.BadZipFile, NotImplementedError, tokenize.TokenError)
 
 
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -161,7 +163,11 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def read_card(path: str | pathlib.Path) -> dict:
     """The card inside a theta's `.npz`; {} where it has none."""
-    return json.loads(str(read_npz(path).get("card", "{}")))
+
+    def load(path):
+        return json.loads(str(read_npz(path).get("card", "{}")))
+
+    return read_theta(path, load)
 
 
 def read_theta(path: str | pathlib.Path, load: Callable) -> Any:

@@ -483,6 +483,9 @@ def test_bad_theta_files_are_one_line_errors(tmp_path):
     np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", **SILENT | {"w0": np.array([{}], dtype=object)})
     np.savez(tmp_path / "card.npz", card=np.array("no json"), **SILENT)
+    np.savez(tmp_path / "list.npz", card=np.array("[1]"), **SILENT)
+    with pytest.raises(store.UserError, match=r"card.npz[^\n]*\Z"):
+        store.read_card(tmp_path / "card.npz")
     for path in (*tmp_path.iterdir(), tmp_path / "absent.npz"):
         with pytest.raises(store.UserError, match=rf"{path.name}[^\n]*\Z"):
             store.read_theta(path, star.load_theta)
