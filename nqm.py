@@ -219,8 +219,10 @@ def theorem_1(h: np.ndarray, alpha: float) -> tuple[float, float]:
     Deviation: the paper asks P to be diagonalizable with real eigenvalues. That is not
     enough: P = [[.5, -3], [0, .6]], alpha = 0 and H of A.30 have rho = 1.88.
 
-    A spectral radius of 1 needs care under noise. An eigenvalue -1, with left eigenvector
-    w, adds 4 w'Sigma_xi w to the variance of w'phi at every step. +1 adds nothing.
+    A spectral radius of 1 needs care under noise. An eigenvalue exp(i omega), with left
+    eigenvector w, adds |1 - exp(i omega)|^2 w'Sigma_xi w to the variance of w'phi at every
+    step: 4 for -1, 0 for +1. Where +1 lacks eigenvectors, noise gets in, too: H = I and
+    P = [[0, -1], [0, 0]]. For symmetric P it never lacks one.
     """
     return 0.0 - alpha, 2 / np.linalg.eigvalsh(h)[-1] - alpha
 

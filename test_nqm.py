@@ -135,6 +135,13 @@ def test_stable_parts_do_not_make_a_stable_whole():
     assert radius(h, p, 0.0, "momentum") == pytest.approx(1.44, abs=0.01)
 
 
+def test_lemma_3s_upper_bound_does_not_hold_by_itself_for_a_negative_lambda_min():
+    """The proof skips (17) where lambda_min(P~) <= 0: H = I, alpha = 1, diag(-1, 3)."""
+    p, (low, high) = np.diag([-1.0, 3.0]), nqm.lemma_3(np.eye(2), 1.0, np.ones(2))
+    assert low <= p[0, 0] <= 0 and p[1, 1] > high
+    assert spectral_radius(system(nominal_plus(p, 1.0), np.eye(2)).a) == 3
+
+
 def test_lemma_3_refuses_what_it_does_not_cover():
     """alpha outside (0, 2 / lambda_max(H)) or d_max not positive: ValueError."""
     for alpha, d_max in ((0.0, [1, 1]), (1.4, [1, 1]), (0.5, [1, 0])):
@@ -268,6 +275,48 @@ def test_eigenvalue_minus_one_diverges_under_noise(u, growth):
     np.testing.assert_allclose(variance, growth * np.arange(1, 1001))
 
 
+@given(st.floats(0, np.pi))
+def test_complex_eigenvalues_on_the_unit_circle_let_noise_in(omega):
+    """H = I, A turns by omega: tr cov grows by 2 |1 - exp(i omega)|^2 a step, 8 for pi."""
+    a = np.array([[np.cos(omega), -np.sin(omega)], [np.sin(omega), np.cos(omega)]])
+    linear = system(np.eye(2) - a, np.eye(2))
+    growth = 2 * abs(1 - np.exp(1j * omega)) ** 2
+    assert spectral_radius(linear.a) == pytest.approx(1)
+    assert traces(linear, 50) == pytest.approx(growth * np.arange(1, 51), abs=1e-9)
+
+
+def test_eigenvalue_one_without_its_eigenvectors_lets_noise_in():
+    """H = I, P = [[0, -1], [0, 0]]: inside (9) and (10), and tr cov is 1, 2, 3, 4."""
+    p = np.array([[0.0, -1.0], [0.0, 0.0]])
+    linear = system(nominal_plus(p, 0.0), np.eye(2))
+    assert (np.linalg.eigvals(linear.a) == 1).all()
+    assert np.linalg.matrix_rank(linear.a - np.eye(2)) == 1  # one eigenvector, not two
+    assert traces(linear, 4) == pytest.approx([1, 2, 3, 4])
+
+
+def test_instability_needs_an_unstable_start_where_there_is_no_noise():
+    """A = diag(.5, 1.5): from (1, 0) the loss vanishes, and any noise makes it explode."""
+    linear, eye = system(np.diag([0.5, -0.5]), np.eye(2)), np.eye(2)
+    still = nqm.Model(eye, 0 * eye, np.array([1.0, 0.0]), 0 * eye)
+    assert spectral_radius(linear.a) == 1.5
+    assert expected_losses(linear, still, 50)[-1] < 1e-30
+    noisy = still._replace(noise=1e-6 * eye)
+    assert expected_losses(linear, noisy, 50)[-1] > 1e10
+
+
+def test_figure_2as_claim_fails_near_the_upper_bound():
+    """P = 0. At alpha = 2 / lambda_max(H) the variance is above that at 0 for every T. Up
+    to 0.9 of that alpha it is below."""
+    model, eye = nqm.paper_model(), np.eye(2)
+    variance = jax.jit(lambda u: nqm.gradient_variance(u, model, 1000))
+    at_zero, top = variance(0 * eye), 2 / norm(H)
+    ratio = np.asarray(variance(top * eye) / at_zero)
+    assert ratio[[0, 9, 99, 999]] == pytest.approx([1.395, 5.84, 207, 17_940], rel=2e-3)
+    assert (np.diff(ratio) > 0).all()
+    for share in (0.05, 0.5, 0.9):
+        assert (variance(share * top * eye) < at_zero).all()
+
+
 @given(seeds)
 def test_lemma_4_deterministic_loss_is_a_lower_bound(seed):
     """Without noise every term of the expected meta-loss is smaller."""
@@ -275,6 +324,18 @@ def test_lemma_4_deterministic_loss_is_a_lower_bound(seed):
     quiet, linear = model._replace(noise=0 * model.noise), system(u, model.h)
     noisy = expected_losses(linear, model, 20)
     assert (expected_losses(linear, quiet, 20) < noisy).all()
+
+
+def test_equation_a2_has_its_bar_on_the_wrong_side():
+    """L = Lbar + mean tr H (Sigma_t + Sigma_xi) / 2: 1.238 = .014 + 1.223, not reversed."""
+    model = nqm.Model(H, np.eye(2), np.ones(2), np.zeros((2, 2)))
+    linear = system(0.5 * np.eye(2), H)
+    noisy = expected_losses(linear, model, 10).mean()
+    quiet = expected_losses(linear, model._replace(noise=0 * H), 10).mean()
+    spread = np.asarray(moments(linear, model, 10)[1]) + model.noise
+    added = 0.5 * np.trace(H @ spread, axis1=1, axis2=2).mean()
+    assert (noisy, quiet, added) == pytest.approx((1.238, 0.014, 1.223), abs=5e-4)
+    assert noisy == pytest.approx(quiet + added)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -423,6 +484,13 @@ def simulated(f, model, draws, steps):
     """f(phi_0, xi) of each draw, stacked."""
     each = jax.jit(jax.vmap(lambda key: f(*nqm.draw(key, model, steps))))
     return jax.tree.map(np.asarray, each(jax.random.split(jax.random.key(3), draws)))
+
+
+def traces(linear, steps):
+    """tr Cov(phi_t), t = 1 ... T, from a known start, with noise of covariance I."""
+    eye = np.eye(len(linear.b))
+    model = nqm.Model(eye, eye, 0 * eye[0], 0 * eye)
+    return np.trace(moments(linear, model, steps)[1], axis1=1, axis2=2)
 
 
 def within_six_sigma(samples, expected):
