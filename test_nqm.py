@@ -315,6 +315,9 @@ def test_figure_2as_claim_fails_near_the_upper_bound():
     assert (np.diff(ratio) > 0).all()
     for share in (0.05, 0.5, 0.9):
         assert (variance(share * top * eye) < at_zero).all()
+    for t, below, above in ((1, 0.905, 0.91), (100, 0.98, 0.985)):
+        low, high = (variance(x * top * eye)[t - 1] for x in (below, above))
+        assert low < at_zero[t - 1] < high
 
 
 @given(seeds)

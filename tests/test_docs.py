@@ -1,7 +1,7 @@
 """What README.md, docs/ and .ci/run name is there, and the house is as small as it says."""
 
+import ast
 import dataclasses
-import importlib
 import pathlib
 import re
 import shlex
@@ -64,35 +64,87 @@ def test_command_is_one_the_program_takes(command):
     PARSERS[program](argv)
 
 
-def rows(header: str) -> list[list[str]]:
-    """The cells of the table that begins so."""
-    table = TEXT[TEXT.index(header) :].split("\n\n")[0]
-    return [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+def tables(page: pathlib.Path, header: str) -> list[list[str]]:
+    """The cells of the rows of all tables of a page whose header begins so."""
+    found = page.read_text().split("\n\n")
+    rows = [row for x in found if x.startswith(header) for row in x.splitlines()[2:]]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
-def test_every_module_is_in_the_table():
-    """Those at the top by name, the others by their folder."""
-    named = set(re.findall(r"`([\w/.]+)`", str(rows("| file | one purpose |"))))
+def defined(path: pathlib.Path) -> dict[str, ast.stmt]:
+    """What a module defines at its top: functions, classes, constants."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        names = (getattr(x, "id", getattr(x, "name", None)) for x in targets)
+        found |= {name: node for name in names if name not in found}
+    return found
+
+
+def is_defined(text: str, path: pathlib.Path) -> bool:
+    """text: file.py, module.name, module.name["key"] or test_name, of the file `path`."""
+    if not path.is_file() or text.endswith(".py"):
+        return path.is_file() and path.as_posix().endswith(f"/{text}")
+    module, _, name = text.rpartition(".")
+    name, *keys = re.findall(r"\w+", name)
+    if name not in defined(path) or module not in ("", path.stem):
+        return False
+    nodes = ast.walk(defined(path)[name])
+    return {*keys} <= {x.value for x in nodes if isinstance(x, ast.Constant)}
+
+
+def test_every_module_is_named():
+    """Those at the top by name, the others by their folder, on some page."""
+    named = set(re.findall(r"`(?:\.\./)?([\w/.]+)`", TEXT))
     there = {path.name for path in ROOT.glob("[!tc]*.py")} | {"tasks.py", "train.py"}
     there |= {f"{path.parent.name}/" for path in FILES} - {f"{ROOT.name}/", "tests/"}
-    assert not there - named and {x[:-3] for x in named if x.endswith(".py")} <= set(
-        MODULES
-    )
+    assert not there - named
 
 
-def test_every_function_of_the_map_exists():
-    """`module.name`; what is named alone belongs to a module named before it in the row."""
-    missing = []
-    for _, functions, _ in rows("| paper | function | test |"):
-        owners = []
-        for name in re.findall(r"`([a-zA-Z_][\w.]*)", functions):
-            module, _, attribute = name.rpartition(".")
-            if module:
-                dotted = ".".join(MODULES[module].with_suffix("").parts)
-                owners.append(importlib.import_module(dotted))
-            if not any(hasattr(owner, attribute) for owner in owners):
-                missing.append(name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_link_names_is_defined_in_its_file(page):
+    """Links from code, such as [`star.step`](../star.py)."""
+    links = re.findall(r"\[`([^`]+)`\]\(([^)]+\.py)\)", page.read_text())
+    missing = [x for x in links if not is_defined(x[0], (page.parent / x[1]).resolve())]
     assert not missing
+
+
+def test_every_row_of_the_map_links_a_function_and_a_test():
+    """And no row is there twice."""
+    rows = tables(ROOT / "docs/map.md", "| paper | what | code | test |")
+    link = r"\[`{}`\]\((\.\./)+[\w/]+\.py\)"
+    for row in rows:
+        assert re.fullmatch(link.format(r'\w+\.\w+(\["\w+"\])?'), row[2]), row
+        assert re.fullmatch(link.format(r"test_\w+"), row[3]), row
+    assert len(rows) > 100 and len({*map(tuple, rows)}) == len(rows)
+
+
+def test_the_map_covers_the_equations_that_its_papers_number():
+    """STAR's 1 to 22, and those of its companions that the code computes."""
+    pages = (ROOT / "docs/map.md").read_text().split("\n## ")[1:5]
+    found = [
+        re.findall(r"^\|[^|]*eq\. ([^|]*)\|", page, re.MULTILINE) for page in pages
+    ]
+    found = [{int(n) for n in expand(" ".join(x))} for x in found]
+    assert found[0] | found[1] == {*range(1, 23)}
+    assert found[2:] == [{1}, {1, 2, 3, 4, 5}]
+
+
+def expand(numbers: str) -> list[int]:
+    """ "9, 10 15 to 17" -> [9, 10, 15, 16, 17]."""
+    ranges = re.findall(r"(\d+)(?: to (\d+))?", numbers)
+    return [n for a, b in ranges for n in range(int(a), int(b or a) + 1)]
+
+
+def test_the_alphabet_has_each_letter_once_and_where_it_is():
+    """Every file that a row links has its letter."""
+    rows = tables(ROOT / "docs/map.md", "| letter | meaning | files |")
+    letters = [row[0].strip("`") for row in rows]
+    assert len(letters) > 30 and len({*letters}) == len(letters)
+    for letter, *cells in rows:
+        word = rf"(?<!\w){letter.strip('`')}(?![a-zA-Z0-9])"
+        for path in re.findall(r"\((?:\.\./)+([\w/]+\.py)\)", " ".join(cells)):
+            assert re.search(word, (ROOT / path).read_text()), (letter, path)
 
 
 def test_every_test_that_is_named_exists():
