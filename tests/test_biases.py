@@ -79,7 +79,9 @@ def test_the_default_recipe_begins_100_meta_steps_anew():
 
 def test_log_uniform_lengths_give_the_last_window_a_hundredth():
     """`--preset small`: 4 to 40 windows. The last weighs .0106 of the first. The first
-    tenth of a trajectory has 26 % of the weight, its second half 18 %. Lengths drawn agree."""
+    tenth of a trajectory has 26 % of all weight, its second half 18 %.
+
+    Drawn lengths agree with the formula."""
     recipe = train.parse(["--preset", "small"])
     most, least = int(train.windows_at(recipe, 0)), train.shortest_windows(recipe)
     n = np.arange(1, most + 1)
