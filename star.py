@@ -39,6 +39,7 @@ class Constants(NamedTuple):
     nominal: str = "adam_aggmo"  # a name in NOMINAL; "none" drops the third head too
     preconditioner: bool = True  # False: the blackbox step is not divided by v
     rms_eps: float = 1e-6  # v = sqrt(mean squared gradient + rms_eps)
+    nominal_eps: Any = 1e-6  # the same in the nominal step's own v
 
 
 PAPER = Constants()
@@ -206,7 +207,7 @@ def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Ar
     f_b = c.beta3 * d / (v if c.preconditioner else 1) * jnp.exp(c.beta4 * m_b)
     if c.nominal == "none":
         return -f_b
-    g = NOMINAL[c.nominal](grad, s.m, v)
+    g = NOMINAL[c.nominal](grad, s.m, jnp.sqrt(s.v2 + c.nominal_eps))
     f_g = c.beta1 * jnp.exp(c.beta2 * m_g[0]) * g
     return -(f_b + f_g)
 

@@ -98,12 +98,13 @@ class Recipe:
     fresh_meta: bool = flag(False, "take only theta from --init; count from step 0")
     resume: bool = flag(False, "continue the run in the folder, bit for bit")
     checkpoint_every: int = flag(100, "meta-steps between checkpoints")
-    devices: int = flag(1, "of each process; they share the particles")
+    devices: int | None = flag(None, "that share the particles; None: a CPU's cores")
     distributed: bool = flag(False, "one of several processes that share the particles")
     coordinator: str | None = flag(None, "HOST:PORT of process 0, if no cluster tells")
     num_processes: int | None = flag(None, "of the run, if no cluster tells")
     process_id: int | None = flag(None, "of this process; only 0 prints and writes")
     beta2: float | None = None  # how strongly m_g scales the step, likewise
+    nominal_eps: float | None = None  # floor under the nominal step's v^2, likewise
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
 
 
@@ -120,7 +121,7 @@ class Parts(NamedTuple):
 
 def parts(recipe: Recipe, build: Callable) -> Parts:
     """build: (data, key) -> Task."""
-    betas = {name: getattr(recipe, name) for name in ("beta2", "beta3")}
+    betas = {name: getattr(recipe, name) for name in ("beta2", "beta3", "nominal_eps")}
     betas = {name: beta for name, beta in betas.items() if beta is not None}
     constants = star.CONSTANTS[recipe.optimizer]._replace(**betas)
     optimizer = star_fast.learned_optimizer(constants)
@@ -404,8 +405,12 @@ def check(recipe: Recipe) -> None:
 def main(argv=None, recipe=Recipe, tasks=TASKS, parts=parts) -> int:
     """Exit code. recipe: its class. Scripts that train otherwise hand in their own."""
     recipe = parse(argv, recipe, tasks)
+    devices.use_every_core()
     if recipe.distributed:
         devices.join(recipe.coordinator, recipe.num_processes, recipe.process_id)
+    if recipe.devices is None:
+        free = devices.free_devices(recipe.particles)
+        recipe = dataclasses.replace(recipe, devices=free)
     mesh, writes = devices.mesh_of(recipe.devices), jax.process_index() == 0
     if mesh and recipe.particles % mesh.size:
         several = f"--particles {recipe.particles}"
