@@ -31,7 +31,8 @@ from baselines import curves
 from estimators import clip_loss
 from experiments.catalogue import TASKS
 
-TRACED = ("beta2", "beta3", "sigma", "meta_lr", "weight_decay", "clip", "last_layer")
+CONSTANTS = ("beta2", "beta3", "nominal_eps")
+TRACED = (*CONSTANTS, "sigma", "meta_lr", "weight_decay", "clip", "last_layer")
 CHUNK = 10  # meta-steps of one call
 
 
@@ -93,7 +94,8 @@ def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
     for done in range(CHUNK, steps + 1, CHUNK):
         state, losses = compiled(data, numbers, state)
         if done % 100 == 0:
-            rate, median = done / (time.perf_counter() - begin), np.median(losses)
+            median = np.median(losses)  # waits for the device
+            rate = done / (time.perf_counter() - begin)
             line = (
                 f"{done}/{steps}  {len(losses)} runs, {rate:.2f} meta-steps/s of each"
             )
@@ -101,17 +103,17 @@ def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
     return state.theta
 
 
-def with_betas(theta, *args):
-    """STAR's update, with beta2 and beta3 in theta, so that one program evaluates all."""
+def with_constants(theta, *args):
+    """STAR's update, with CONSTANTS in theta, so that one program evaluates all."""
     theta = dict(theta)
-    c = star.PAPER._replace(beta2=theta.pop("beta2"), beta3=theta.pop("beta3"))
+    c = star.PAPER._replace(**{name: theta.pop(name) for name in CONSTANTS})
     return star_fast.learned_optimizer(c).update(theta, *args)
 
 
 def evaluate(thetas: list, data, build, steps: int, seeds: int) -> np.ndarray:
     """Losses on fresh networks, clipped as the meta-loss is: (thetas, seeds, steps)."""
     keys = jax.random.split(jax.random.key(10_000), seeds)
-    optimizer = star.PRESETS["star"]._replace(update=with_betas)
+    optimizer = star.PRESETS["star"]._replace(update=with_constants)
     found = curves(build, data, optimizer, thetas, keys, steps).losses
     return np.asarray(clip_loss(found, build(data, keys[0]).loss_limit))
 
@@ -152,8 +154,8 @@ def main(argv=None) -> int:
         state = lowered.pop(key)[0]
         flat = meta_train(recipe.steps, compiled[key], data, n, state)
         unravel = store.unravel_of(star.PRESETS[recipe.optimizer])
-        betas = [{k: n[k][i] for k in ("beta2", "beta3")} for i in range(len(flat))]
-        thetas += [unravel(x) | b for x, b in zip(flat, betas, strict=True)]
+        own = [{k: n[k][i] for k in CONSTANTS} for i in range(len(flat))]
+        thetas += [unravel(x) | c for x, c in zip(flat, own, strict=True)]
         found += group
         stacked = jax.tree.map(lambda *x: np.stack(x), *thetas)
         np.savez(folder / "thetas.npz", **stacked)

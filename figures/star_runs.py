@@ -30,10 +30,12 @@ LABELS = {
     "blackbox": "blackbox",
     "hyperparam": "hyperparam",
     "no_preconditioner": "no preconditioner",
+    "no_preconditioner_1e-3": "no preconditioner, beta3 1e-3",
     "no_nominal": "no nominal term",
 }
 COLORS = {name: f"C{i}" for i, name in enumerate(LABELS)}
 DECAYS = ("star_wd0", "star_wd0.1", "star_wd0.5", "star_wd1")
+ABLATED = ("star_wd0.5", "no_preconditioner", "no_preconditioner_1e-3")
 MAIN = ("star_wd0.1", "star_wd0.5", "blackbox", "hyperparam")
 
 
@@ -204,7 +206,7 @@ FIGURES = {
     "4": _tasks("4", figure_4(SMALL), figure_4(FULL)),
     "app1": _runs("App. 1", MAIN, draw_lines),
     "app2": _runs("App. 2", DECAYS),
-    "app3": _runs("App. 3", ("star_wd0.5", "no_preconditioner")),
+    "app3": _runs("App. 3", ABLATED),
     "app4": _runs("App. 4", ("star_wd0.5", "no_nominal")),
     "app5": _tasks("App. 5", SMALL[:8], FULL[:8]),
     "app6": _tasks("App. 6", SMALL[8:], FULL[8:]),
