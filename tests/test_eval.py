@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import baselines
 import eval as evaluation
 import star
 import store
@@ -97,6 +98,19 @@ def test_search_for_a_rate_takes_nan_as_the_worst(tuned, monkeypatch):
     settings, _, theta = setting("adam", 20, "another")
     assert theta["learning_rate"] == np.float32(evaluation.LEARNING_RATES[7])
     assert settings["tuned"]["loss"] == 2
+
+
+@pytest.mark.parametrize("best", [3e-5, 3e-3, 3e-2])
+def test_a_rate_is_best_only_between_worse_ones(best):
+    """The search of a card's Adam goes on where its best rate is at an edge."""
+    tried = []
+
+    def losses_of(rates):
+        tried.extend(rates)
+        return [abs(np.log(rate / best)) for rate in rates]
+
+    assert baselines.best_rate(losses_of) == (best, 0)
+    assert min(tried) < best < max(tried) and len(tried) == len(set(tried)) <= 7
 
 
 def test_divergence_is_counted_not_averaged():
