@@ -1,8 +1,8 @@
 """Find, download and verify images and text, or draw a stand-in for them.
 
-All bytes stay uint8; a task divides pixels by 255.  What a user points at is used or
-refused, never passed over.  The stand-in appears only when nothing was found.  The
-`name` of what comes back says when it is a stand-in or not the official data.
+All bytes stay uint8. A task divides pixels by 255. What a user points at is used or
+refused, never passed over. The stand-in appears only when nothing was found. The
+`name` of a result says when it is a stand-in or not the official data.
 """
 
 import hashlib
@@ -31,18 +31,18 @@ class DataError(Exception):
 
 
 class Images(NamedTuple):
-    train_images: np.ndarray  # (N, height, width, channels) uint8, as all read-only
-    train_labels: np.ndarray  # (N,) uint8
-    test_images: np.ndarray  # (M, height, width, channels) uint8
-    test_labels: np.ndarray  # (M,) uint8
+    train_images: np.ndarray  # (n, height, width, channels) uint8, read-only
+    train_labels: np.ndarray  # (n,) uint8, read-only
+    test_images: np.ndarray  # as those to train, with an n of their own
+    test_labels: np.ndarray
     classes: int
-    name: str  # for plot titles, result files and logs; says what is not official
+    name: str  # for plots, results and logs. It says what is not official
     checksum: str  # of the four arrays, so that a result names its data
     stand_in: bool
 
 
 class Text(NamedTuple):
-    train: np.ndarray  # (n,) uint8, as all read-only: the first 80 %
+    train: np.ndarray  # the first 80 % of the bytes, (n,) uint8, read-only
     valid: np.ndarray  # the next 10 %
     test: np.ndarray  # and the last
     name: str  # as for `Images`
@@ -52,14 +52,14 @@ class Text(NamedTuple):
 
 class DataSet(NamedTuple):
     name: str
-    folders: tuple  # below the user's folder; the first in the cache and archives, too
+    folders: tuple  # in the user's folder. The first is that of cache and archives
     read: Callable  # (data set, paths of its files) -> Images or Text
     files: dict  # name of each file to download -> its MD5
     address: str  # where to download them, with the "/" at its end
     sizes: tuple  # (pictures to train, to test), or (bytes of the stand-in,)
     shape: tuple = ()  # of a picture
     classes: int = 0
-    unpacked: tuple = ()  # names of the same data unpacked; (): `files` without .gz
+    unpacked: tuple = ()  # names of the same data unpacked, if not `files` without .gz
     checksum: str = ""  # `Images.checksum` of the official data, where it is known
 
 
@@ -78,10 +78,10 @@ def about_formula(name: str = "drawn from its formula") -> dict:
 def load(data_set: DataSet, source: str = "auto", data_dir: str | Path | None = None):
     """`data_set` as `Images` or `Text`.
 
-    source: "real", "stand-in", or "auto", which draws the stand-in, with a loud warning,
-    when there is no real one.  Files lie in `data_dir`, else in `$STAR_DATA`, else in the
-    user's cache, else they are downloaded into it.  Raises DataError: nothing or damaged
-    files where the user pointed, or "real" not found.
+    source: "real", "stand-in" or "auto". "auto" draws the stand-in, with a loud warning,
+    when there is no real one. Files lie in `data_dir`, else in `$STAR_DATA`, else in the
+    user's cache, else they are downloaded into it. Raises DataError for nothing or damaged
+    files where the user pointed, and for "real" where none is found.
     """
     stand_in = stand_in_images if data_set.classes else stand_in_text
     if source == "stand-in":
@@ -108,9 +108,9 @@ def load(data_set: DataSet, source: str = "auto", data_dir: str | Path | None = 
 
 
 def find(root: Path, data_set: DataSet) -> list[Path]:
-    """The files, else the unpacked ones, in one of root's folders or root; [] if none is.
+    """The files, else the unpacked ones, in one of root's folders or root, else [].
 
-    A name with a star stands for all that match.  Raises DataError when `root` is no
+    A name with a star stands for all that match. Raises DataError when `root` is no
     folder, or when some of the files are missing.
     """
     if not root.is_dir():
@@ -128,7 +128,7 @@ def find(root: Path, data_set: DataSet) -> list[Path]:
 
 
 def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
-    """`name` in `folder`, else downloaded and written whole, or OSError.  Both verified."""
+    """The verified `name` in `folder`, else downloaded whole. OSError if that fails."""
     path, url, digest = folder / name, data_set.address + name, data_set.files[name]
     if path.is_file():
         if md5(path.read_bytes()).hexdigest() != digest:
@@ -146,7 +146,7 @@ def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
         return whole.replace(path)
 
 
-# --- reading.  What cannot be read raises DataError, or OSError with the file's name.
+# --- reading. What cannot be read raises DataError, or OSError with the file's name.
 def read_idx(data_set: DataSet, paths: list[Path]) -> Images:
     """`Images` from the four idx files, gzipped or not."""
     arrays = []
@@ -169,8 +169,8 @@ def read_idx(data_set: DataSet, paths: list[Path]) -> Images:
 def read_cifar(data_set: DataSet, paths: list[Path]) -> Images:
     """`Images` from the official archive, or from its files unpacked.
 
-    Only the archive can be verified; .bin files may hold others, or fewer.  A record is
-    the class (CIFAR-100: a coarse one before it), then 32 x 32 red, green and blue.
+    Only the archive can be verified: .bin files may hold others, or fewer. A record is
+    the class, then 32 x 32 red, green and blue. CIFAR-100 has a coarse class before it.
     """
     files = {path: path.read_bytes() for path in paths}
     first = 2 if data_set.classes == 100 else 1  # byte of the picture
@@ -198,12 +198,12 @@ def read_cifar(data_set: DataSet, paths: list[Path]) -> Images:
 
 
 def as_images(data_set, name, arrays, stand_in=False) -> Images:
-    """[x (N, 28, 28) or (N, 32, 32, 3), y (N,), x_test, y_test] uint8 -> Images."""
+    """[x (n, 28, 28) or (n, 32, 32, 3), y (n,), x_test, y_test] uint8 -> Images."""
     checksum, classes = seal(arrays), data_set.classes
     x, y, x_test, y_test = arrays
     if (found := max(y.max(), y_test.max())) >= classes:
         raise DataError(f"{name}: it has labels up to {found}, not {classes - 1}")
-    x, x_test = (a.reshape(*a.shape[:3], -1) for a in (x, x_test))  # (N, h, w, c)
+    x, x_test = (a.reshape(*a.shape[:3], -1) for a in (x, x_test))  # (n, h, w, c)
     return Images(x, y, x_test, y_test, classes, name, checksum, stand_in)
 
 
@@ -224,7 +224,7 @@ def as_text(name: str, raw: bytes, stand_in: bool = False) -> Text:
 
 
 def seal(arrays: list[np.ndarray]) -> str:
-    """The checksum of `arrays`, 16 hex digits.  They become read-only, to keep it."""
+    """The checksum of `arrays`, 16 hex digits. They become read-only, to keep it."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -233,7 +233,7 @@ def seal(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- drawing.  RandomState's stream is frozen: the same bytes on every machine.
+# --- drawing. RandomState's stream is frozen: the same bytes on every machine.
 SILHOUETTES = """
     .##.##. .#####. .##.##. ..#.#.. .##.##. ....... ..###.. ....... ..###.. ...###.
     ####### .#####. .#####. ..###.. .#####. .....## .#####. ....... .#...#. ...###.
@@ -247,7 +247,7 @@ SILHOUETTES = """
 
 
 def stand_in_images(data_set: DataSet, sizes: tuple | None = None) -> Images:
-    """`Images` drawn in place of `data_set`; sizes: pictures to train and to test.
+    """`Images` drawn in place of `data_set`. sizes: pictures to train and to test.
 
     The silhouette is the last digit of the class, the colour the first or the next.
     """
@@ -268,7 +268,7 @@ def draw(rng, shape, labels, classes) -> np.ndarray:
     side = shape[0]
     y, x = np.mgrid[:side, :side].astype(np.int32) - side // 2
     right, down = x + some(-3, 4), y + some(-3, 4)  # (n, side, side), as what follows
-    unit = 8192 // side  # of a pixel; a cell of a silhouette has 1024
+    unit = 8192 // side  # of a pixel. A cell of a silhouette has 1024
     column = right * some(unit * 3 // 4, unit * 5 // 4) + down * some(-80, 80)
     row = down * some(unit * 3 // 4, unit * 5 // 4) + right * some(-80, 80)
     row, column = (row // 1024 + 5).clip(0, 9), ((column + 512) // 1024 + 4).clip(0, 8)
@@ -286,7 +286,7 @@ def draw(rng, shape, labels, classes) -> np.ndarray:
 
 
 def stand_in_text(data_set: DataSet, sizes: tuple | None = None) -> Text:
-    """`Text` of sixty made-up words drawn in place of `data_set`; sizes: (bytes,)."""
+    """`Text` of sixty made-up words in place of `data_set`. sizes: (bytes,)."""
     rng, (size,) = np.random.RandomState(0), sizes or data_set.sizes
     lengths = rng.randint(1, 9, 60)
     words = [rng.randint(97, 123, n, np.uint8).tobytes() + b" " for n in lengths]

@@ -1,9 +1,9 @@
 """What depends on devices: how runs are batched, and particles split over many.
 
-Devices, of one process or of several, stand in one row, a mesh with a single axis. Each
-runs its share of the particles. XLA adds the collectives that the mean over particles
-needs. What a particle does depends on its key, never on its device: the same run on more
-devices differs by rounding alone.
+The devices of all processes stand in one row, a mesh with a single axis. Each runs its
+share of the particles. XLA adds the collectives that the mean over particles needs. What a
+particle does depends on its key, never on its device. So the same run on more devices
+differs by rounding alone.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ PEER_TIMEOUT = 60  # seconds that a process waits for the others to appear, or t
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
     """Meet the other processes (None: as SLURM, Kubernetes or the environment say).
 
-    Call before anything else of JAX. Only process 0 prints. Where a process is lost, the
-    runtime ends all others; the run goes on from its checkpoint with --resume.
+    Call it before anything else of JAX. Only process 0 prints. If a process is lost, the
+    runtime ends all others. --resume then goes on from the checkpoint.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     whom = f"all {num_processes or ''} processes at {coordinator or 'their cluster'}"
@@ -65,9 +65,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def interrupts() -> Iterator[Callable]:
     """stop(step): whether all processes stop after this step, since one was interrupted.
 
-    Ctrl-C and SIGTERM are noted and looked at between steps, since the state of a step
-    under way is donated and cannot be saved. A second one stops at once. Several processes
-    tell the runtime by SIGTERM, and it settles on a step that no process has passed.
+    The state of a step under way is donated and cannot be saved. So Ctrl-C and SIGTERM are
+    noted, and looked at between steps. A second one stops at once. Several processes tell
+    the runtime by SIGTERM. The runtime settles on a step that no process has passed.
     """
     asked, several = [], jax.process_count() > 1
 
@@ -95,14 +95,14 @@ def interrupts() -> Iterator[Callable]:
 
 
 def leave() -> None:
-    """Part from the other processes; what follows is of this one alone."""
+    """Part from the other processes. What follows runs in this one alone."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the runtime had it
 
 
 def each() -> Callable:
-    """vmap on an accelerator; one run after the other on a CPU, which keeps its caches."""
+    """vmap on an accelerator. On a CPU one run after the other, which keeps caches warm."""
     return estimators.sequential if jax.default_backend() == "cpu" else jax.vmap
 
 
@@ -116,10 +116,10 @@ def compiler_options() -> dict:
 
 
 def use_every_core() -> None:
-    """One CPU device a core, if JAX has not begun: `free_devices` shares particles out.
+    """One CPU device a core, if JAX has not begun. `free_devices` shares particles out.
 
     XLA splits one small product over all cores, and gains little. Cores with particles of
-    their own share nothing: two cores make twice the inner steps a second.
+    their own share nothing, so two cores make twice the inner steps a second.
     """
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
@@ -128,8 +128,8 @@ def use_every_core() -> None:
 
 
 def free_devices(particles: int) -> int:
-    """How many devices a process takes if not told: the most CPU devices that can share
-    the particles evenly, and one of other kinds."""
+    """How many devices a process takes if not told. It takes as many CPU devices as can
+    share the particles evenly, and one device of another kind."""
     if jax.default_backend() != "cpu":
         return 1
     numbers = range(len(jax.local_devices()), 1, -1)
@@ -138,9 +138,9 @@ def free_devices(particles: int) -> int:
 
 
 def mesh_of(per_process: int | None) -> Mesh | None:
-    """The first devices of every process in a row; None where that is a single one.
+    """The first devices of every process in a row, or None where there is a single one.
 
-    per_process: None is one.
+    per_process: devices of a process, None for one.
     """
     per_process = per_process or 1
     if per_process * jax.process_count() == 1:
@@ -156,7 +156,7 @@ def mesh_of(per_process: int | None) -> Mesh | None:
 
 
 def split(each: Callable, mesh: Mesh | None) -> Callable:
-    """`each`, with the batch split over the mesh; `each` itself where there is none."""
+    """`each` with the batch split over the mesh. `each` itself where the mesh is None."""
     if mesh is None:
         return each
 
@@ -171,7 +171,7 @@ def split(each: Callable, mesh: Mesh | None) -> Callable:
 def place(tree: Any, mesh: Mesh | None, spec: P = WHOLE) -> Any:
     """The tree on the mesh: SPLIT along the first axis of its leaves, or WHOLE on each.
 
-    Every process must hold the same tree; unchanged where the mesh is None.
+    Every process must hold the same tree. It stays as it is where the mesh is None.
     """
     if mesh is None:
         return tree
@@ -184,7 +184,7 @@ def place(tree: Any, mesh: Mesh | None, spec: P = WHOLE) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole tree in the memory of every host; all processes must call this."""
+    """The whole tree in the memory of every host. All processes must call this."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 
 class Estimator(NamedTuple):
-    init: Callable  # (key, theta, phase=0) -> state; phase in [0, 1) staggers particles
+    init: Callable  # (key, theta, phase=0) -> state. phase in [0, 1) staggers particles
     estimate: Callable  # (key, theta, state) -> (gradient, state, metrics of scalars)
 
 
@@ -70,7 +70,7 @@ def clip_loss(loss: jax.Array, limit: jax.Array | float) -> jax.Array:
 
 
 def whole(problem: Problem, windows: int) -> Problem:
-    """The problem whose one window is a whole trajectory; its tape holds one window."""
+    """The problem with a trajectory as its one window. The tape holds one of its own."""
 
     def run(theta, carry, key):
         @jax.checkpoint
@@ -87,7 +87,7 @@ def whole(problem: Problem, windows: int) -> Problem:
 def antithetic_difference(losses: jax.Array, credit: jax.Array, sigma: float):
     """credit (L(theta + xi) - L(theta - xi)) / (2 sigma^2), L the means of losses (2, K).
 
-    The differences are averaged: equal losses then give 0, and no rounding error.
+    The mean is that of the differences, so that equal losses give 0 exactly.
     """
     return credit * (losses[0] - losses[1]).mean() / (2 * sigma**2)
 
@@ -96,10 +96,10 @@ def pes(problem: Problem, windows: Any, sigma: float, each=jax.vmap) -> Estimato
     """Persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021).
 
     Every window draws a new xi. Its losses are credited to the sum of all perturbations of
-    the trajectory so far, so that PES is unbiased for the loss of the whole trajectory.
+    the trajectory so far. So PES is unbiased for the loss of the whole trajectory.
 
-    windows, here and below: in a trajectory; may be traced. each: `jax.vmap` or
-    `sequential`, for the two runs of a pair. ValueError for a sigma that is not positive.
+    windows, here and below: of a trajectory. The number may be traced. each: `jax.vmap` or
+    `sequential`, for the two runs of a pair. Raises ValueError unless sigma is positive.
     """
 
     def rule(pair, xi):
@@ -124,8 +124,8 @@ def noise_reuse_es(problem, windows: Any, sigma: float, each=jax.vmap) -> Estima
 def truncated_es(problem, windows: Any, sigma: float, each=jax.vmap) -> Estimator:
     """ES within each window, with a new xi and both runs from the carry of the first.
 
-    Biased for more than one window: the losses of a window are not credited to what theta
-    did to the carry before.
+    Biased for more than one window: theta gets no credit for what it did to the carry in
+    the windows before.
     """
 
     def rule(pair, xi):
@@ -162,12 +162,12 @@ def start(problem, windows, sigma, key, theta, phase=0.0) -> Pair:
         carry=jax.tree.map(lambda x: jnp.stack([x, x]), problem.fresh(carry_key)),
         xi=sigma * jax.random.normal(xi_key, theta.shape, theta.dtype),
         xi_sum=jnp.zeros_like(theta),
-        window=jnp.floor(phase * windows + 1e-3).astype(jnp.int32),  # 1e-3: of rounding
+        window=jnp.floor(phase * windows + 1e-3).astype(jnp.int32),  # 1e-3: rounding
     )
 
 
 def next_window(problem, windows, sigma, key, theta, pair):
-    """(pair, new xi, key for the runs); the pair starts anew if its trajectory is over."""
+    """(pair, new xi, key for the runs). A pair whose trajectory is over starts anew."""
     fresh_key, xi_key, run_key = jax.random.split(key, 3)
     pair = jax.lax.cond(
         pair.window >= windows,
@@ -193,10 +193,10 @@ def run_pair(problem, each, theta, xi, carry, key):
 
 # --- backpropagation
 def truncated_bptt(problem: Problem, windows: Any) -> Estimator:
-    """Backpropagation through each window, from a carry taken as given; one run.
+    """Backpropagation through each window of one run, from a carry taken as given.
 
-    Blind, like `truncated_es`, to the windows before. Its variance grows like the product
-    of the unroll's Jacobians, without bound where they expand (Metz et al. 2019, 2.3).
+    It is blind to the windows before, like `truncated_es`. Its variance grows like the
+    product of the unroll's Jacobians, without bound where they expand (Metz 2019, 2.3).
     """
 
     def estimate(key, theta, pair):
@@ -253,7 +253,7 @@ def merged(problem: Problem, windows: Any, sigma: float, each=jax.vmap) -> Estim
 def mean_of_particles(grads: jax.Array) -> tuple[jax.Array, dict]:
     """(N, ...) -> (mean, {"grad_noise": its standard error, all entries together}).
 
-    Entry by entry, over those that are finite: gradients of exploded runs are left out.
+    The mean of an entry is over its finite values: exploded runs are left out.
     """
     finite = jnp.isfinite(grads)
     n = finite.sum(0)
@@ -287,8 +287,8 @@ def population(
 
 
 def sequential(f: Callable) -> Callable:
-    """Like `jax.vmap(f)`, one after the other: keeps a CPU's caches warm, and a `cond`
-    inside stays a branch instead of computing both sides."""
+    """Like `jax.vmap(f)`, one call after the other. A CPU's caches stay warm, and a `cond`
+    inside of f computes one branch instead of both."""
     return lambda *args: jax.lax.map(lambda xs: f(*xs), args)
 
 
@@ -300,7 +300,7 @@ def inverse_variance_mean(grads: dict[str, jax.Array]) -> tuple[jax.Array, dict]
     error of g, and for each of the two its `noise` and its mean `weight`.
 
     As in the paper, mean and variance come from the same few samples. ES gradients have
-    heavy tails, and need N = 32 to 128 for 1.1 of the better variance (figure metz4).
+    heavy tails: 1.1 times the better variance takes N = 32 to 128 (figure metz4).
     """
     n = len(grads["es"])
     g_rp, s2_rp = usable_mean_and_variance(grads["bptt"])
@@ -316,10 +316,10 @@ def inverse_variance_mean(grads: dict[str, jax.Array]) -> tuple[jax.Array, dict]
 
 
 def usable_mean_and_variance(grads: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance (n - 1) over the N particles, entry by entry, for equation 1.
+    """Mean and variance (over N - 1) of the N particles, entry by entry, for equation 1.
 
-    An entry with nan or inf, or with zeros only (behind a dead unit), gets mean 0 and
-    variance inf, so that the other estimator decides. s gains 1e-6 of the largest value.
+    Entries with nan or inf, or with zeros only (behind a dead unit), leave the decision to
+    the other estimator: mean 0, variance inf. s gains 1e-6 of the largest value.
     """
     largest = jnp.abs(grads).max(0)
     s2 = grads.var(0, ddof=1) + (1e-6 * largest) ** 2

@@ -1,8 +1,8 @@
 """The noisy quadratic model: why learned optimizers diverge (STAR, section 4, appendix A).
 
 A linear learned optimizer P and a nominal gradient step alpha train a quadratic, whose
-minimum xi jumps at every step. All is known exactly: mean and covariance of the parameters
-phi, the meta-loss, its gradient, the noise of that gradient, and stability.
+minimum xi jumps at every step. These are known exactly: mean and covariance of the
+parameters phi, the meta-loss, its gradient, the noise of that gradient, and stability.
 
     phi' = phi - U H (phi - xi),  U = alpha I + P        update, equations 5 and 6
     phi' = A phi + (I - A) xi,    A = I - U H            `system`
@@ -11,7 +11,7 @@ phi, the meta-loss, its gradient, the noise of that gradient, and stability.
 U is the matrix that multiplies the gradient. The nominal term, the preconditioner, weight
 decay and a disturbance all act on U. So most functions take U.
 
-Shapes: n parameters, d states of a linear system, T inner steps. Batch with `jax.vmap`
+Shapes: n parameters, k states of a linear system, T inner steps. Batch with `jax.vmap`
 over U, alpha or keys. `system` and the bounds return numpy float64 for numpy arrays. For
 the rest, enable jax's x64 where digits matter. Left out: Nesterov momentum, and a Hessian
 that changes during training. The file stands alone. Its command checks an H and a P:
@@ -37,14 +37,14 @@ class Model(NamedTuple):
     h: jax.Array  # (n, n) symmetric, positive definite
     noise: jax.Array  # (n, n) Sigma_xi, covariance of the jumping minimum, mean 0
     start_mean: jax.Array  # (n,) of phi_0
-    start_cov: jax.Array  # (n, n) of phi_0; zeros for a known start
+    start_cov: jax.Array  # (n, n) of phi_0, zeros for a known start
 
 
 class System(NamedTuple):
     """s' = a s + b xi, a linear system driven by noise. phi is the first n of s."""
 
-    a: jax.Array  # (d, d)
-    b: jax.Array  # (d, n)
+    a: jax.Array  # (k, k)
+    b: jax.Array  # (k, n)
 
 
 def paper_model() -> Model:
@@ -100,7 +100,7 @@ def system(u, h) -> System:
 
 
 def momentum_system(u, h, momentum: float) -> System:
-    """The joint dynamics of (phi, velocity), d = 2n (section 4.4, appendix A.4):
+    """The joint dynamics of (phi, velocity), k = 2n (section 4.4, appendix A.4):
 
     phi'      = (I - U H) phi - mu velocity + U H xi
     velocity' =      U H  phi + mu velocity - U H xi
@@ -112,7 +112,7 @@ def momentum_system(u, h, momentum: float) -> System:
 
 
 def moments(linear: System, model: Model, steps: int) -> tuple[jax.Array, jax.Array]:
-    """Mean (T, d) and covariance (T, d, d) of s_t, t = 1 ... T; s_0 is phi_0, then zeros.
+    """Mean (T, k) and covariance (T, k, k) of s_1 ... s_T. s_0 is phi_0, then zeros.
 
         mean' = a mean,  cov' = a cov a' + b Sigma_xi b'
 
@@ -137,18 +137,18 @@ def expected_losses(linear: System, model: Model, steps: int) -> jax.Array:
     Lemma 4: without noise, every term is smaller.
     """
     n, (mean, cov) = len(model.h), moments(linear, model, steps)
-    second = cov + mean[:, :, None] * mean[:, None, :]  # (T, d, d), E s s'
+    second = cov + mean[:, :, None] * mean[:, None, :]  # (T, k, k), E s s'
     distance = second[:, :n, :n] + model.noise[None]  # E (phi - xi) (phi - xi)'
     return 0.5 * jnp.einsum("ij,tji->t", model.h, distance)
 
 
 def expected_loss(u: jax.Array, model: Model, steps: int) -> jax.Array:
-    """The meta-loss L(theta; T) of equation 8, with the 1/2: the mean over t = 1 ... T."""
+    """The meta-loss L(theta; T) of equation 8 with the 1/2, the mean over t = 1 ... T."""
     return expected_losses(system(u, model.h), model, steps).mean()
 
 
 def meta_gradient(p, alpha, model: Model, steps: int) -> tuple[jax.Array, jax.Array]:
-    """(dL/dP (n, n), dL/dalpha ()) of equation 8, exact: both act through U."""
+    """(dL/dP (n, n), dL/dalpha ()) of equation 8, exact, as both act through U."""
     by_u = jax.grad(expected_loss)(nominal_plus(p, alpha), model, steps)
     return by_u, jnp.trace(by_u)
 
@@ -167,11 +167,11 @@ def gradient_variance(u: jax.Array, model: Model, steps: int) -> jax.Array:
     """Trace of the covariance of `sampled_meta_gradients`, horizons 1 ... T: (T,), exact.
 
     Figure 2a samples this number (A.32). The closed form is ours. For one entry P_ij let
-    w_t = (phi_t, dphi_t/dP_ij, xi_t). It is Gaussian, with w' = F w + noise. The gradient
+    w_t = (phi_t, dphi_t/dP_ij, xi_t). It is Gaussian, with w' = J w + noise. The gradient
     of l(phi_t) is g_t = (dphi_t)' H (phi_t - xi_t) = w' Q w. Let G_t = g_1 + ... + g_t,
-    m = E w, M = E w w' and K_t = Cov(w_t w_t', G_{t-1}). Gaussian fourth moments give
-        C_t = Cov(w_t w_t', g_t) = 2 (M Q M - (m' Q m) m m')
-        Var G_t = Var G_{t-1} + 2 tr(Q K_t) + tr(Q C_t),   K_{t+1} = F (K_t + C_t) F'.
+    m = E w, mm = E w w' and V_t = Cov(w_t w_t', G_{t-1}). Gaussian fourth moments give
+        C_t = Cov(w_t w_t', g_t) = 2 (mm Q mm - (m' Q m) m m')
+        Var G_t = Var G_{t-1} + 2 tr(Q V_t) + tr(Q C_t),   V_{t+1} = J (V_t + C_t) J'.
     """
     n, h = len(model.h), jnp.asarray(model.h)
     a, b = system(jnp.asarray(u), h)
@@ -180,18 +180,18 @@ def gradient_variance(u: jax.Array, model: Model, steps: int) -> jax.Array:
     fresh = jnp.zeros((3 * n, 3 * n)).at[2 * n :, 2 * n :].set(model.noise)
 
     def entry(direction):  # (n, n), one at ij
-        d = direction @ h
-        f = jnp.block([[a, o, b], [-d, a, d], [o, o, o]])
+        db = direction @ h
+        j = jnp.block([[a, o, b], [-db, a, db], [o, o, o]])
 
         def step(carry, _):
-            m, mm, k, variance = carry
+            m, mm, v, variance = carry
             c = 2 * (mm @ q @ mm - (m @ q @ m) * jnp.outer(m, m))
-            variance += 2 * jnp.trace(q @ k) + jnp.trace(q @ c)
-            return (f @ m, f @ mm @ f.T + fresh, f @ (k + c) @ f.T, variance), variance
+            variance += 2 * jnp.trace(q @ v) + jnp.trace(q @ c)
+            return (j @ m, j @ mm @ j.T + fresh, j @ (v + c) @ j.T, variance), variance
 
         m = jnp.pad(model.start_mean, (0, 2 * n))
         mm = fresh.at[:n, :n].set(model.start_cov) + jnp.outer(m, m)
-        first = f @ m, f @ mm @ f.T + fresh, 0 * mm, 0.0 * m[0]  # losses start at t = 1
+        first = j @ m, j @ mm @ j.T + fresh, 0 * mm, 0.0 * m[0]  # losses start at t = 1
         return jax.lax.scan(step, first, length=steps)[1]
 
     variances = jax.vmap(entry)(jnp.eye(n * n).reshape(n * n, n, n))  # (n n, T)
@@ -200,12 +200,12 @@ def gradient_variance(u: jax.Array, model: Model, steps: int) -> jax.Array:
 
 # --- stability (Theorem 1, Lemmas 2, 3 and 5), in numpy. Bounds are pairs (low, high).
 def spectral_radius(a: np.ndarray | jax.Array) -> np.ndarray:
-    """rho(A) = max |eigenvalue|, of (..., d, d): (...)."""
+    """rho(A) = max |eigenvalue| of each matrix: (..., k, k) -> (...)."""
     return np.abs(np.linalg.eigvals(np.asarray(a))).max(-1)
 
 
 def power(h: np.ndarray | jax.Array, exponent: float) -> np.ndarray:
-    """H^exponent of a symmetric positive definite H; -1/2 is the paper's preconditioner."""
+    """H^exponent of a symmetric positive definite H. -1/2 is the paper's preconditioner."""
     values, vectors = np.linalg.eigh(np.asarray(h))
     return vectors * values**exponent @ vectors.T
 
@@ -216,13 +216,13 @@ def theorem_1(h: np.ndarray, alpha: float) -> tuple[float, float]:
     It holds for symmetric P and any alpha: A is similar to I - H^1/2 U H^1/2, symmetric.
     Then (9) is also necessary. (10) is not: P = diag(0, 3), H = diag(2, .1) have rho = 1.
 
-    Deviation: the paper asks P to be diagonalizable with real eigenvalues. That is not
-    enough: P = [[.5, -3], [0, .6]], alpha = 0 and H of A.30 have rho = 1.88.
+    Deviation: a diagonalizable P with real eigenvalues, as the paper asks, is not enough.
+    P = [[.5, -3], [0, .6]], alpha = 0 and H of A.30 have rho = 1.88.
 
-    A spectral radius of 1 needs care under noise. An eigenvalue exp(i omega), with left
-    eigenvector w, adds |1 - exp(i omega)|^2 w'Sigma_xi w to the variance of w'phi at every
-    step: 4 for -1, 0 for +1. Where +1 lacks eigenvectors, noise gets in, too: H = I and
-    P = [[0, -1], [0, 0]]. For symmetric P it never lacks one.
+    A spectral radius of 1 needs care under noise. An eigenvalue exp(i omega) with left
+    eigenvector e adds |1 - exp(i omega)|^2 e'Sigma_xi e to the variance of e'phi each step.
+    The factor is 4 for -1 and 0 for +1. Noise gets in, too, where +1 lacks eigenvectors,
+    as for H = I and P = [[0, -1], [0, 0]]. For symmetric P it never lacks one.
     """
     return 0.0 - alpha, 2 / np.linalg.eigvalsh(h)[-1] - alpha
 
@@ -232,7 +232,7 @@ def lemma_2(h: np.ndarray, alpha: float) -> tuple[float, float]:
 
     The update is phi' = phi - H^-1/2 (alpha I + P) grad, P symmetric. H^-1/2 U H is similar
     to U H^1/2. So H^1/2 takes the place of H in Theorem 1. The bound is looser than
-    Theorem 1's if lambda_max(H) > 1, and tighter below 1. Deviation: Theorem 1's.
+    Theorem 1's if lambda_max(H) > 1, and tighter below 1. Deviation: as in Theorem 1.
     """
     return theorem_1(power(h, 0.5), alpha)
 
@@ -253,10 +253,10 @@ def lemma_3(h: np.ndarray, alpha: float, d_max: np.ndarray) -> tuple[float, floa
 def momentum_bound(h: np.ndarray, alpha: float, momentum: float) -> tuple[float, float]:
     """-alpha <= lambda(P) <= 2 (1 + mu) / lambda_max(H) - alpha (section 4.4, app. A.4).
 
-    So phi and velocity are jointly stable, for symmetric P and 0 <= mu < 1: an eigenvalue z
-    of U H gives the roots of x^2 - (1 + mu - z) x + mu, in the unit circle if and only if
-    0 <= z <= 2 (1 + mu) (Jury). Momentum loosens the bound, as the paper says. If P is not
-    symmetric, z can be complex, and momentum can destabilize.
+    Then phi and velocity are jointly stable, for symmetric P and 0 <= mu < 1. An eigenvalue
+    z of U H gives the system the roots of x^2 - (1 + mu - z) x + mu. By Jury's test these
+    are in the unit circle if and only if 0 <= z <= 2 (1 + mu). Momentum loosens the bound,
+    as the paper says. It can destabilize where P is not symmetric and z complex.
     """
     return theorem_1(h / (1 + momentum), alpha)
 
@@ -264,8 +264,8 @@ def momentum_bound(h: np.ndarray, alpha: float, momentum: float) -> tuple[float,
 def exact_alpha(h: np.ndarray, p: np.ndarray) -> tuple[float, float]:
     """All alpha with rho(A) <= 1, for symmetric P: necessary and sufficient.
 
-    rho(A) <= 1 if and only if 0 <= H^1/2 (alpha I + P) H^1/2 <= 2 I as matrices, that is
-    -lambda_min(P) <= alpha <= lambda_min(2 H^-1 - P). No alpha if low > high.
+    rho(A) <= 1 if and only if 0 <= H^1/2 (alpha I + P) H^1/2 <= 2 I as matrices. So the
+    bounds are -lambda_min(P) <= alpha <= lambda_min(2 H^-1 - P). No alpha if low > high.
     """
     return 0.0 - np.linalg.eigvalsh(p)[0], np.linalg.eigvalsh(2 * power(h, -1) - p)[0]
 
@@ -274,16 +274,16 @@ def limit_loss(linear: System, model: Model) -> float:
     """lim L(T) for T to infinity, of a stable system: Lemma 5, made computable.
 
     A stable system forgets its start. Its covariance solves the discrete Lyapunov equation
-    S = a S a' + b Sigma_xi b'. The loss is tr H (S + Sigma_xi) / 2. Raises ValueError if
-    rho(a) >= 1. Deviation: the proof takes |A^k| = rho(A)^k (A.14), true of normal A only.
-    For symmetric P, |A^k| <= sqrt(cond H) rho(A)^k repairs it.
+    Sigma = a Sigma a' + b Sigma_xi b'. The loss is tr H (Sigma + Sigma_xi) / 2. Raises
+    ValueError if rho(a) >= 1. Deviation: the proof takes |A^t| = rho(A)^t (A.14), true of
+    normal A only. For symmetric P, |A^t| <= sqrt(cond H) rho(A)^t repairs it.
     """
     a, b, noise, h = (np.asarray(x, float) for x in (*linear, model.noise, model.h))
     if spectral_radius(a) >= 1:
         raise ValueError("spectral radius >= 1: the start is never forgotten")
-    d, n = b.shape
-    drive = (b @ noise @ b.T).reshape(d * d)
-    cov = np.linalg.solve(np.eye(d * d) - np.kron(a, a), drive).reshape(d, d)
+    k, n = b.shape
+    drive = (b @ noise @ b.T).reshape(k * k)
+    cov = np.linalg.solve(np.eye(k * k) - np.kron(a, a), drive).reshape(k, k)
     return float(0.5 * np.trace(h @ (cov[:n, :n] + noise)))
 
 

@@ -8,9 +8,9 @@ answers with a direction d and two log magnitudes, m_b and m_g:
     f_g  = beta1 * exp(beta2 * m_g) * g        nominal term, equation 21
     phi' = phi - (f_b + f_g)                   equation 2
 
-phi is the parameter, v the running root mean square of its gradient, and g a hand-designed
-step, Adam and AggMo in one. Even a gradient of zero moves phi: freeze what should stay with
-`optax.partition`. P is the shape of one parameter tensor.
+phi is the parameter and v the running root mean square of its gradient. g is a
+hand-designed step, Adam and AggMo in one. Even a gradient of zero moves phi: freeze what
+should stay with `optax.partition`. S is the shape of one parameter tensor.
 
 The file stands alone: copy it. It needs jax and numpy, and `star` needs optax.
 """
@@ -38,13 +38,15 @@ class Constants(NamedTuple):
     beta4: Any = 1e-3  # how strongly m_b scales it
     nominal: str = "adam_aggmo"  # a name in NOMINAL; "none" drops the third head too
     preconditioner: bool = True  # False: the blackbox step is not divided by v
-    rms_eps: float = 1e-6  # v = sqrt(mean squared gradient + rms_eps)
-    nominal_eps: Any = 1e-6  # the same in the nominal step's own v
+    # v = sqrt(mean squared gradient + floor). Each term has a floor of its own. The paper
+    # and the authors' code have one for both.
+    rms_eps: float = 1e-6  # the floor of the blackbox term and of the features
+    nominal_eps: Any = 1e-6  # the floor of the nominal step
 
 
 PAPER = Constants()
 
-# The nominal step g from the gradient, its three momenta m and v, each (*P). The paper says
+# The nominal step g from the gradient, its three momenta m and v, each (*S). The paper says
 # "a combined AggMo and Adam" without a formula. The authors' code computes adam_aggmo.
 NOMINAL: dict[str, Callable] = {
     "sgd": lambda grad, m, v: grad,
@@ -69,27 +71,27 @@ def theta_shapes(c: Constants) -> dict[str, tuple[int, ...]]:
 
 
 def init_theta(key: jax.Array, c: Constants) -> dict[str, jax.Array]:
-    """Weights truncated normal over sqrt(fan in); biases and decay offsets zero."""
+    """Weights are truncated normals over sqrt(fan in). Biases and decay offsets are 0."""
     theta = {name: jnp.zeros(s, jnp.float32) for name, s in theta_shapes(c).items()}
     for name, k in zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True):
-        n, m = theta[name].shape
-        normal = jax.random.truncated_normal(k, -2, 2, (n, m), jnp.float32)
-        theta[name] = normal / n**0.5
+        shape = theta[name].shape
+        normal = jax.random.truncated_normal(k, -2, 2, shape, jnp.float32)
+        theta[name] = normal / shape[0] ** 0.5
     return theta
 
 
 def learned_decay(initial: tuple, offset: jax.Array) -> jax.Array:
-    """Decays that theta shifts on a log scale: 1 - d = (1 - initial) exp(10 offset)."""
+    """Decays that theta shifts on a log scale: 1 - decay = (1 - initial) exp(10 offset)."""
     return 1 - (1 - np.array(initial, np.float32)) * jnp.exp(10 * offset)
 
 
 class TensorState(NamedTuple):
-    """Means from zero without bias correction, float32 whatever the parameter's dtype."""
+    """Running means, float32 for any dtype. They start at 0, without bias correction."""
 
-    m: tuple  # three means of the gradient, each (*P)
-    v2: jax.Array  # mean of the squared gradient, (*P)
-    row: jax.Array  # three means of it over the largest axis, (3, *P), that axis 1 long
-    col: jax.Array  # three means over the second largest axis, likewise
+    m: tuple  # three means of the gradient, each (*S)
+    v2: jax.Array  # mean of the squared gradient, (*S)
+    row: jax.Array  # three such means over the largest axis, (3, *S), 1 long there
+    col: jax.Array  # the same over the second largest axis
 
 
 class State(NamedTuple):
@@ -98,7 +100,7 @@ class State(NamedTuple):
 
 
 def init(params: Any) -> State:
-    """All running means at zero, sharded like params. TypeError for other than floats."""
+    """All running means at 0, sharded like params. TypeError unless all are floats."""
     return State(jnp.zeros((), jnp.int32), jax.tree.map(init_tensor, params))
 
 
@@ -113,7 +115,7 @@ def init_tensor(p: Any) -> TensorState:
 
 
 def rows_and_columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means over the largest and the second largest axis. A vector is both of its own."""
+    """Means over the largest and the second largest axis. A vector stands for both."""
     if x.ndim < 2:
         return x, x
     second, largest = np.argsort(x.shape, kind="stable")[-2:].tolist()
@@ -121,10 +123,7 @@ def rows_and_columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
-    """Every running mean one step on.
-
-    As in the authors' code, decays of squares are clipped to [0, 1], those of momentum not.
-    """
+    """All running means one step on."""
 
     def ema(decay, mean, new):
         return decay * mean + (1 - decay) * new
@@ -132,11 +131,12 @@ def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
     square = grad * grad + 1e-30
     row, col = rows_and_columns(square)
     momentum = learned_decay(DECAYS, theta["momentum_decays"])
+    # The authors' code clips the decays of squares, and not those of momentum.
     (rms,) = jnp.clip(learned_decay(RMS_DECAY, theta["rms_decays"]), 0, 1)
     adafactor = jnp.clip(learned_decay(DECAYS, theta["adafactor_decays"]), 0, 1)
     adafactor = adafactor.reshape(3, *(1,) * grad.ndim)
     return TensorState(
-        m=tuple(ema(d, m, grad) for d, m in zip(momentum, s.m, strict=True)),
+        m=tuple(ema(decay, m, grad) for decay, m in zip(momentum, s.m, strict=True)),
         v2=ema(rms, s.v2, square),
         row=ema(adafactor, s.row, row[None]),
         col=ema(adafactor, s.col, col[None]),
@@ -144,7 +144,7 @@ def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
 
 
 def tensor_features(grad, p: jax.Array, s: TensorState, c: Constants) -> list:
-    """28 arrays that broadcast to (*P), in the order of the rows of w0.
+    """28 arrays that broadcast to (*S), in the order of the rows of w0.
 
     Each feature is divided by its root mean square over the tensor (section 5.1).
     """
@@ -170,8 +170,8 @@ def tensor_features(grad, p: jax.Array, s: TensorState, c: Constants) -> list:
 def adafactor_factors(s: TensorState) -> tuple[jax.Array, jax.Array]:
     """1/v from one number per row and one per column (Shazeer & Stern 2018, alg. 4).
 
-    Three factors for the gradient and three for the momenta, each (3, *P). They differ for
-    vectors and scalars alone, where the authors' code has two epsilons.
+    (factors of the gradient, factors of the momenta), each (3, *S). The two differ only for
+    vectors and scalars, where the authors' code has two epsilons.
     """
     if s.v2.ndim < 2:
         return rsqrt(s.row + 1e-9), rsqrt(s.row + 1e-6)
@@ -182,18 +182,18 @@ def adafactor_factors(s: TensorState) -> tuple[jax.Array, jax.Array]:
 
 
 def time_features(count: jax.Array) -> jax.Array:
-    """(11,), rows 28-38 of w0: tanh(t / tau - 1), t the updates before this one."""
+    """tanh(t / tau - 1), (11,), for rows 28-38 of w0. t updates came before this one."""
     t = jnp.asarray(count).astype(jnp.float32)
     return jnp.tanh(t / np.array(TIMESCALES, np.float32) - 1)
 
 
 def dense(w: jax.Array, b: jax.Array, xs: list) -> list:
-    """A layer unit by unit: arrays in, arrays out, which XLA computes in one loop."""
+    """A layer, unit by unit, from a list of arrays to another. XLA makes it one loop."""
     return [sum((w[i, j] * x for i, x in enumerate(xs)), b[j]) for j in range(len(b))]
 
 
 def network(theta, c: Constants, count, grad, p, s: TensorState) -> list:
-    """39 features -> 4 -> 4 -> direction d, log magnitudes m_b and m_g; each (*P)."""
+    """39 features -> 4 -> 4 -> [direction d, log magnitudes m_b and m_g], each (*S)."""
     features = [*tensor_features(grad, p, s, c), *time_features(count)]
     h = [jax.nn.relu(x) for x in dense(theta["w0"], theta["b0"], features)]
     h = [jax.nn.relu(x) for x in dense(theta["w1"], theta["b1"], h)]
@@ -201,7 +201,7 @@ def network(theta, c: Constants, count, grad, p, s: TensorState) -> list:
 
 
 def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Array:
-    """-(f_b + f_g) from the network's outputs, equations 20 to 22; (*P)."""
+    """-(f_b + f_g), (*S), from the network's outputs: equations 20 to 22."""
     d, m_b, *m_g = outputs
     v = jnp.sqrt(s.v2 + c.rms_eps)
     f_b = c.beta3 * d / (v if c.preconditioner else 1) * jnp.exp(c.beta4 * m_b)
@@ -213,7 +213,7 @@ def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Ar
 
 
 def learned_optimizer(c: Constants = PAPER, network=network) -> LearnedOptimizer:
-    """STAR or an ablation. ValueError: an unknown nominal term, a theta of other shapes."""
+    """STAR or an ablation. ValueError for an unknown nominal term or a wrong theta."""
     if c.nominal not in (*NOMINAL, "none"):
         raise ValueError(f"nominal {c.nominal!r} is none of {(*NOMINAL, 'none')}")
 
@@ -239,7 +239,7 @@ def learned_optimizer(c: Constants = PAPER, network=network) -> LearnedOptimizer
 
 
 # The variants of section 5.3 and appendix C.2. The paper's blackbox optimizer has neither
-# nominal term nor division by v; its "No Nom." keeps the division.
+# nominal term nor division by v. Its ablation "No Nom." keeps the division.
 CONSTANTS: dict[str, Constants] = {
     "star": PAPER,
     "star_small_beta3": Constants(beta3=3e-6),
@@ -254,8 +254,8 @@ PRESETS = {name: learned_optimizer(c) for name, c in CONSTANTS.items()}
 def star(theta, constants=PAPER, beta1=None, beta2=None, beta3=None, beta4=None):
     """A trained STAR as an `optax.GradientTransformationExtraArgs`.
 
-    beta1 to beta4 replace those of `constants`; `optax.inject_hyperparams` may schedule
-    them. The parameter is a feature: update raises ValueError without params.
+    beta1 to beta4 replace those of `constants`. `optax.inject_hyperparams` may schedule
+    them. The parameter is a feature, so update raises ValueError without params.
     """
     import optax
 
@@ -272,7 +272,7 @@ def star(theta, constants=PAPER, beta1=None, beta2=None, beta3=None, beta4=None)
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
-# Constants that older cards name; other values than these are refused.
+# Some cards name these constants, too. `load_theta` refuses other values.
 FIXED = dict(momentum_decays=list(DECAYS), adafactor_decays=list(DECAYS))
 FIXED |= dict(rms_decay=0.999, normalizer_eps=1e-5, statistic_eps=1e-8)
 FIXED |= dict(factor_floor=1e-9, vector_eps=1e-6, square_floor=1e-30)
@@ -287,15 +287,15 @@ def check_theta(theta: dict, c: Constants) -> dict:
 
 
 def save_theta(file: Any, theta: dict, card: dict, **more: np.ndarray) -> None:
-    """theta and a JSON-able card; `load_theta` skips arrays with a "/" in their name."""
+    """Writes theta and a JSON-able card. `load_theta` skips names with a "/" in them."""
     np.savez(file, card=np.array(json.dumps(card)), **theta, **more)
 
 
 def load_theta(path: Any) -> tuple[dict, Constants]:
-    """(theta, constants) from a file by `save_theta`; nothing is unpickled.
+    """(theta, constants) from a file of `save_theta`. Nothing is unpickled.
 
-    ValueError, or what `np.load` raises, for other files. Constants that the card does not
-    name are the paper's.
+    Raises ValueError, or what `np.load` raises, for other files. Constants that the card
+    does not name are the paper's.
     """
     with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
         theta = {name: file[name] for name in file.files if "/" not in name}

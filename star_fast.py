@@ -7,11 +7,11 @@ w0. This file never builds a feature. Four changes make it quick on a CPU:
 - Features with a common factor (the gradient, a momentum) are summed before it is applied.
 - Row and column features keep their own small shape until the sum.
 - Mean squares are products of matrices and vectors. XLA's own sums take several times as
-  long, and adafactor's features, g * row factor * col factor, need no array of g's size.
+  long. Adafactor's features, g * row factor * col factor, need no array of g's size.
 
-Only the network is another. A test shows that both networks agree. Parameters that are
-sharded over an explicit mesh need `star.py`. In shape comments P is the shape of the tensor
-and H = 4 hidden units.
+Only the network differs, and a test shows that both give the same numbers. Parameters
+sharded over an explicit mesh need `star.py`. g is the gradient. In shape comments S is the
+shape of the tensor, and W = 4 hidden units.
 """
 
 import string
@@ -33,10 +33,10 @@ def network(theta, c: Constants, count, g, p, s: TensorState) -> list:
 
 
 def first_layer(theta, c, count, g, p, s) -> list:
-    """W0' features + b0 without building the features: H arrays that broadcast to (*P)."""
+    """w0' features + b0 without building the features: W arrays that broadcast to (*S)."""
     w0 = theta["w0"]
 
-    def weights(first, mean_squares):  # rows of w0 over root mean squares: (rows, H)
+    def weights(first, mean_squares):  # rows of w0 over root mean squares: (rows, W)
         scale = rsqrt(1e-5 + jnp.stack(mean_squares))
         return scale[:, None] * w0[first : first + len(mean_squares)]
 
@@ -51,8 +51,8 @@ def first_layer(theta, c, count, g, p, s) -> list:
     (w_inverse_v,) = weights(9, [mean(inverse_v2)])
     w_g_factored, w_m_factored = weights(10, g_squares), weights(25, m_squares)
 
-    small = star.time_features(count) @ w0[28:] + theta["b0"]  # (H,)
-    rows = side(w0[13:16], w0[19:22], s.row)  # H arrays of a row's shape
+    small = star.time_features(count) @ w0[28:] + theta["b0"]  # (W,)
+    rows = side(w0[13:16], w0[19:22], s.row)  # W arrays of a row's shape
     cols = side(w0[16:19], w0[22:25], s.col)
     hidden = []
     for j in range(w0.shape[1]):
@@ -67,8 +67,8 @@ def first_layer(theta, c, count, g, p, s) -> list:
 
 
 def adafactor(g: jax.Array, m2: list, s: TensorState) -> tuple[list, ...]:
-    """Adafactor's factors of the gradient and of the momenta, and the features' mean
-    squares: the sum over r, c of x2[r, c] row[r]^2 col[c]^2 is a product of matrices."""
+    """Adafactor's factors of g and of the momenta, and the mean squares of both features.
+    The sum over r and c of x2[r, c] row[r]^2 col[c]^2 is a product of matrices."""
     g2 = square(g)
     if g.ndim < 2:
         g_factors, m_factors = star.adafactor_factors(s)
@@ -77,7 +77,7 @@ def adafactor(g: jax.Array, m2: list, s: TensorState) -> tuple[list, ...]:
         return g_factors, m_factors, g_squares, m_squares
     second, largest = np.argsort(g.shape, kind="stable")[-2:].tolist()
     # Without the axis of length 1: a loop over that axis would not be vectorized.
-    row = jnp.squeeze(s.row, 1 + largest)  # (3, *P less largest)
+    row = jnp.squeeze(s.row, 1 + largest)  # (3, *S less largest)
     col = jnp.squeeze(s.col, 1 + second)
     mean_axis = 1 + second - int(largest < second)  # in `row`, `largest` is gone
     row = row / (jnp.mean(row, mean_axis, keepdims=True) + 1e-9)
@@ -101,11 +101,11 @@ def adafactor(g: jax.Array, m2: list, s: TensorState) -> tuple[list, ...]:
 
 
 def side(w_value: jax.Array, w_inverse: jax.Array, means: jax.Array) -> list:
-    """Row or column features in the first layer: H arrays of the means' own shape."""
+    """Row or column features in the first layer: W arrays of the means' own shape."""
     x = means.reshape(3, -1)
-    x = jnp.concatenate([x, rsqrt(x + 1e-8)])  # (6, S)
+    x = jnp.concatenate([x, rsqrt(x + 1e-8)])  # (6, size)
     scale = rsqrt(1e-5 + jnp.mean(x * x, 1))
-    w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (6, H)
+    w = scale[:, None] * jnp.concatenate([w_value, w_inverse])  # (6, W)
     hidden = jnp.stack([dot(0.0, w[:, j], x) for j in range(w.shape[1])])
     return hidden.reshape(-1, *means.shape[1:])
 
@@ -115,12 +115,12 @@ def layer(w: jax.Array, b: jax.Array, xs: list) -> list:
 
 
 def dot(start, weights, arrays) -> jax.Array:
-    """start + weights[0] * arrays[0] + ...; begun at `start`, all are multiply-adds."""
+    """start + weights[0] * arrays[0] + ... From `start` on, all are multiply-adds."""
     return sum((w * x for w, x in zip(weights, arrays, strict=True)), start=start)
 
 
 def square(x: jax.Array) -> jax.Array:
-    """x^2. Two operations make a vectorized loop on a CPU, where one makes a slow one."""
+    """x^2 + 1e-30. XLA vectorizes this loop on a CPU, and not that of x^2 alone."""
     return x * x + 1e-30
 
 
@@ -136,7 +136,7 @@ def mean_square(x: jax.Array) -> jax.Array:
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """`jax.nn.relu`, nan included, in two instructions on a CPU; a maximum takes four."""
+    """`jax.nn.relu`, nan included. It takes two instructions on a CPU, a maximum four."""
     return jnp.where(x <= 0, 0.0, x)
 
 

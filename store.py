@@ -51,7 +51,7 @@ class Arguments(argparse.ArgumentParser):
 def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict:
     """What a command line gives of the dataclass `kind`: {field: value}.
 
-    Fields with metadata "help" are flags; "choices" are all they may be.
+    Fields with metadata "help" are flags. Metadata "choices" are their allowed values.
     """
     parser = Arguments(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,7 +74,7 @@ def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict
 def run_command(program: str, main: Callable, argv: Sequence[str] | None = None) -> int:
     """main(argv)'s exit code. What the user got wrong is one line and exit code 2.
 
-    All runs in float32, also where the environment enables float64.
+    It runs in float32, also where the environment enables float64.
     """
     try:
         with jax.enable_x64(False):
@@ -105,7 +105,7 @@ def run_command(program: str, main: Callable, argv: Sequence[str] | None = None)
 
 
 def forget_output() -> None:
-    """What is printed goes nowhere, and what waits to be printed, too."""
+    """Discards what is printed from now on, and what waits to be printed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -130,7 +130,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def unflatten(template: Any, arrays: dict[str, np.ndarray], where: Any) -> Any:
-    """{path: array} -> tree of the template's shapes; UserError where they differ."""
+    """{path: array} -> tree of the template's shapes. UserError where they differ."""
 
     def one(path, like):
         name = jax.tree_util.keystr(path)
@@ -152,7 +152,7 @@ DAMAGED += (zipfile.BadZipFile, NotImplementedError, tokenize.TokenError)
 
 
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz`, never unpickled; UserError where it cannot be read."""
+    """All arrays of a `.npz`, never unpickled. UserError where it cannot be read."""
 
     def load(path):
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -162,7 +162,7 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_card(path: str | pathlib.Path) -> dict:
-    """The card inside a theta's `.npz`; {} where it has none."""
+    """The card inside a theta's `.npz`, else {}."""
 
     def load(path):
         return json.loads(str(read_npz(path).get("card", "{}")))
@@ -171,7 +171,7 @@ def read_card(path: str | pathlib.Path) -> dict:
 
 
 def read_theta(path: str | pathlib.Path, load: Callable) -> Any:
-    """load(path), such as `star.load_theta`; UserError where there is no such theta."""
+    """load(path), such as `star.load_theta`. UserError where there is no such theta."""
     try:
         return load(path)
     except OSError as error:
@@ -182,7 +182,7 @@ def read_theta(path: str | pathlib.Path, load: Callable) -> Any:
 
 
 def theta_for(asked: Any, name: str, load: Callable, path: Any) -> dict:
-    """The theta of load(path); UserError where what comes with it is not what is asked."""
+    """The theta of load(path). UserError where what comes with it is not what is asked."""
     theta, theirs = read_theta(path, load)
     if theirs != asked:
         raise UserError(f"{path} is not for {name}")
@@ -192,7 +192,7 @@ def theta_for(asked: Any, name: str, load: Callable, path: Any) -> dict:
 def write_atomically(path: pathlib.Path, write: Callable) -> None:
     """write(file) to a temporary file beside path, flushed to the disk, then renamed.
 
-    Raises OSError, which names the file, and then leaves what was there before.
+    Where it raises OSError, which names the file, it leaves what was there before.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -227,7 +227,7 @@ def draw_figure(path: pathlib.Path, draw: Callable, *args: Any) -> None:
 
 
 # --- the files of a run of train.py, made from its Recipe, Parts and TrainState
-# What a resumed run may change; all else is its recipe.
+# A resumed run may change these. All else is its recipe.
 NOT_RECIPE = ("data_dir", "out", "init", "fresh_meta", "resume", "checkpoint_every")
 NOT_RECIPE += ("devices", "distributed", "coordinator", "num_processes", "process_id")
 
@@ -240,7 +240,7 @@ def unravel_of(optimizer: star.LearnedOptimizer) -> Callable:
 def save_run(folder, recipe, made, about, state, card) -> None:
     """checkpoint.npz, then theta.npz with its card and what `--init` needs elsewhere.
 
-    UserError where theta or AdamW's means have overflowed: they are better not saved.
+    UserError where theta or AdamW's means have overflowed, so that no file holds them.
     """
     if not all(
         np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.meta))
@@ -284,7 +284,7 @@ def load_checkpoint(folder, recipe, about, template):
 
 
 def make_card(recipe: Any, made: Any, about: dict, rows: list) -> dict:
-    """What theta is and how it was made; all of it can be written as JSON."""
+    """What theta is and how it was made, as JSON has it."""
     device, step = jax.devices()[0], int(rows[-1][0]) if rows else 0
     recent = float(np.mean([row[1] for row in rows[-100:]])) if rows else 0.0
     return {
@@ -306,7 +306,7 @@ def make_card(recipe: Any, made: Any, about: dict, rows: list) -> dict:
 
 
 def command_line(recipe: Any) -> str:
-    """The command that repeats this recipe: every flag that its preset has otherwise."""
+    """The command that repeats this recipe, with the flags that its preset lacks."""
     usual = type(recipe)(**recipe.presets[recipe.preset], preset=recipe.preset)
     words = [f"python {recipe.program}"]
     words += [f"--preset={recipe.preset}"] * (recipe.preset != "default")
@@ -320,14 +320,14 @@ def command_line(recipe: Any) -> str:
 
 
 def write_csv(path: pathlib.Path, columns: Sequence[str], rows: list) -> None:
-    """A header, then the rows of numbers, the first of which is a whole one."""
+    """A header, then the rows of numbers. The first number of a row is whole."""
     lines = [f"{int(r[0])}," + ",".join(f"{x:.6g}" for x in r[1:]) for r in rows]
     text = "".join(line + "\n" for line in [",".join(columns), *lines])
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
 def read_csv(path: pathlib.Path, last: int) -> list:
-    """The rows of such a file up to number `last`; kill -9 may have left more."""
+    """The rows of such a file up to number `last`. kill -9 may have left more."""
     with open(path, newline="") as file:
         rows = [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
     return [row for row in rows if row[0] <= last]
@@ -335,7 +335,7 @@ def read_csv(path: pathlib.Path, last: int) -> list:
 
 @contextlib.contextmanager
 def only_run_in(folder: str | pathlib.Path) -> Iterator[None]:
-    """The folder is this run's while it lasts; UserError where another run has it.
+    """The folder is this run's while it lasts. UserError where another run has it.
 
     The kernel's lock on the folder ends with the process, even by kill -9, and leaves no
     file behind. It binds the runs of one machine.

@@ -4,11 +4,11 @@
     data, about = spec.load("auto", None)   # arrays on the device, and what they are
     task = spec.build(data, key)            # inside or outside of jit; data may be traced
 
-The four tasks follow section 5.3 and appendix B of the STAR paper and the conventions of
-the suite it uses, google/learned_optimization: pixels / 255, never augmented; the first
-80 % of the training set for the inner training; batches of 128 drawn with replacement;
-mean cross-entropy; weights truncated normal over sqrt(fan in). `experiments/catalogue.py`
-has the rest of the suite. In shape comments: B batch, C channels.
+The four tasks follow section 5.3 and appendix B of the STAR paper, and the conventions of
+the suite it uses, google/learned_optimization. Pixels are divided by 255 and not augmented.
+The inner training draws batches of 128 with replacement from 80 % of the training set. The
+loss is the mean cross-entropy. Weights are truncated normal over sqrt(fan in). The rest of
+the suite is in `experiments/catalogue.py`. In shape comments: B batch, C channels.
 """
 
 import functools
@@ -28,14 +28,14 @@ import estimators
 class Task(NamedTuple):
     init: Callable  # key -> params
     batch: Callable  # (key, split) -> batch; split: "train" | "valid" | "test"
-    loss: Callable  # (params, key, batch) -> (), nats; the key is for dropout
+    loss: Callable  # (params, key, batch) -> (), nats. The key is for dropout
     evaluate: Callable  # params -> dict of scalars, over the test split
-    loss_limit: float  # the meta-loss clips each step's loss here; nan counts as this
+    loss_limit: float  # where the meta-loss clips each step's loss, nan included
 
 
 class TaskSpec(NamedTuple):
     load: Callable  # (source, data_dir) -> (data, about): arrays, and a dict for cards
-    build: Callable  # (data, key) -> Task; the key draws a member where it is a family
+    build: Callable  # (data, key) -> Task. The key draws a member of a family
 
 
 # --- one step of the inner training
@@ -54,8 +54,8 @@ def fresh(build: Callable, optimizer: Any, key: jax.Array) -> Carry:
 def inner_step(build, optimizer, theta, carry: Carry, key) -> tuple[Carry, jax.Array]:
     """phi' = phi - f (equation 2), and the loss () of the training batch before it.
 
-    Deviation: equation 3 takes the loss after the update on a fresh batch. The loss before
-    it costs nothing, and the authors' code takes it, too.
+    Deviation: equation 3 takes the loss after the update, on a fresh batch. The loss before
+    the update costs nothing, and the authors' code takes it, too.
     """
     task = build(jax.random.wrap_key_data(carry.member))
     batch_key, loss_key = jax.random.split(key)
@@ -89,7 +89,7 @@ class Network(NamedTuple):
 
 
 def truncated_normal(key: jax.Array, shape: tuple, fan_in: int) -> jax.Array:
-    """Scale 1 / sqrt(fan in), cut at two of it and not widened: its deviation is 0.88."""
+    """Normals cut at 2, over sqrt(fan in). Their deviation is 0.88 / sqrt(fan in)."""
     return jax.random.truncated_normal(key, -2, 2, shape) / math.sqrt(fan_in)
 
 
@@ -130,8 +130,8 @@ def conv_init(key: jax.Array, size: int, n: int, m: int) -> dict:
 def conv(params: dict, x: jax.Array, stride: int = 1) -> jax.Array:
     """(B, h, w, n) -> (B, h / stride rounded up, likewise w, m): "same" padding.
 
-    On a CPU as a matrix product: inside of a loop, XLA's convolution and its gradient take
-    ten times as long there (jax issue 12868), and all inner training is a loop.
+    On a CPU it is a matrix product. Inside of a loop, such as inner training, XLA's
+    convolution and its gradient take ten times as long there (jax issue 12868).
     """
     w = params["w"]
     if jax.default_backend() == "cpu":
@@ -146,7 +146,7 @@ def conv(params: dict, x: jax.Array, stride: int = 1) -> jax.Array:
 def windows(x: jax.Array, size: int, stride: int, fill: float) -> list:
     """The size * size pixels of every window, each pixel as (B, h', w', C).
 
-    "Same" padding: h' = h / stride rounded up, the odd pixel of padding at the lower right.
+    "Same" padding: h' = h / stride rounded up. The odd pixel of padding is lower right.
     """
     pads = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=fill)
@@ -179,8 +179,8 @@ def convnet(shape: tuple, outputs: int) -> Network:
 
 # --- image classification
 class Split(NamedTuple):
-    images: jax.Array  # (n, height, width, C) uint8
-    labels: jax.Array  # (n,) uint8
+    images: jax.Array  # (examples, h, w, C) uint8
+    labels: jax.Array  # (examples,) uint8
 
 
 def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Split]:
@@ -203,7 +203,7 @@ def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Sp
 
 
 def pool_to_8x8(images: np.ndarray) -> np.ndarray:
-    """(n, 28, 28, 1) uint8 -> (n, 8, 8, 1) uint8: a margin of 2, then means of 4 x 4."""
+    """(examples, 28, 28, 1) uint8 -> (examples, 8, 8, 1): margin 2, means of 4 x 4."""
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     return np.round(padded.reshape(-1, 8, 4, 8, 4, 1).mean((2, 4))).astype(np.uint8)
 
@@ -214,7 +214,7 @@ def to_batch(split: Split) -> tuple[jax.Array, jax.Array]:
 
 
 def sample(key: jax.Array, split: Split, size: int) -> tuple[jax.Array, jax.Array]:
-    """`size` examples with replacement, off uniform by at most n / 2^32."""
+    """`size` examples with replacement, off uniform by at most examples / 2^32."""
     bits = jax.random.bits(key, (size,), jnp.uint32)
     index = bits % jnp.uint32(len(split.labels))
     return to_batch(Split(split.images[index], split.labels[index]))
@@ -230,7 +230,7 @@ def measured(init, draw, measure, test, as_batch, loss_limit: float) -> Task:
     """A Task from measure: (params, key, batch) -> dict of scalars, "loss" among them.
 
     test: arrays of equal length, which as_batch makes batches of. They go through in ten
-    parts of equal size, where that divides, with one fixed key for what is drawn.
+    equal parts, or in fewer where ten do not divide them, with one fixed key.
     """
 
     def loss(params, key, batch):
@@ -251,8 +251,8 @@ def measured(init, draw, measure, test, as_batch, loss_limit: float) -> Task:
 def classifier(draw, test, network, classes=10, error=cross_entropy, loss_limit=None):
     """A Task: classification of images, by cross-entropy or another error of the logits.
 
-    draw: (key, split) -> (images (B, h, w, C) in [0, 1], labels (B,)). The loss's limit is
-    1.5 ln(classes), half again that of a guess, unless given.
+    draw: (key, split) -> (images (B, h, w, C) in [0, 1], labels (B,)). loss_limit: None is
+    1.5 ln(classes), 1.5 times the loss of a guess.
     """
 
     def measure(params, key, batch):
@@ -287,12 +287,12 @@ def quadratic(data: Any, key: jax.Array) -> Task:
 
     loss = (phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I), phi_0 ~ N(0, 10 I), H of A.30.
     """
-    h = jnp.array([[1.11, 0.596], [0.596, 0.486]], jnp.float32)
+    hess = jnp.array([[1.11, 0.596], [0.596, 0.486]], jnp.float32)
     return Task(
         init=lambda key: math.sqrt(10) * jax.random.normal(key, (2,)),
         batch=lambda key, split: jax.random.normal(key, (2,)),
-        loss=lambda phi, key, xi: 0.5 * (phi - xi) @ h @ (phi - xi),
-        evaluate=lambda phi: {"test_loss": 0.5 * (phi @ h @ phi + jnp.trace(h))},
+        loss=lambda phi, key, xi: 0.5 * (phi - xi) @ hess @ (phi - xi),
+        evaluate=lambda phi: {"test_loss": 0.5 * (phi @ hess @ phi + jnp.trace(hess))},
         loss_limit=1000.0,
     )
 
