@@ -2,30 +2,30 @@
 
 Maheswaranathan et al. 2020, "Reverse engineering learned optimizers reveals known and
 novel mechanisms", appendices A and B. An optimizer that treats every parameter alike is a
-dynamical system: state h in R^k, driven by the gradient g, which moves the parameter by u.
-Near a fixed point it is linear, and a linear one is momentum on several timescales:
+dynamical system. The gradient g drives its state h in R^k, and u moves the parameter. Near
+a fixed point it is linear, and a linear one is momentum on several timescales:
 
     h' = h* + A (h - h*) + B g          equation 3
     u  = u* + C (h - h*) + D g
 
-With A = R diag(beta) L, L = R^-1, the response to a gradient is, k steps later,
+Let A = R diag(beta) L with L = R^-1. The response to a gradient is, t steps later,
 
-    -sum_j alpha_j beta_j^k,    alpha_j = -(C R_j)(L_j B) / beta_j
+    -sum_j alpha_j beta_j^t,    alpha_j = -(C R_j)(L_j B) / beta_j
 
-that of aggregated momentum (Lucas et al. 2018):
+This is the response of aggregated momentum (Lucas et al. 2018):
 
     v_j' = beta_j v_j + g,  u = -sum alpha_j v_j'
 
-Deviations from the paper: equation 4 has beta (v + v*) where beta (v - v*) is meant. It
-calls a_j = L_j B the learning rate of mode j; that depends on the length of the
-eigenvector and leaves the readout out, so we count both.
+Deviations from the paper: equation 4 has beta (v + v*) where beta (v - v*) is meant. The
+paper's learning rate of mode j, a_j = L_j B, leaves the readout out and depends on the
+length of the eigenvector. Ours counts both.
 
     optimizer = LearnedOptimizer(init_theta, init, update)    # lopts.gru(), for one
     modes = modes_of(linearise(optimizer, theta))
     small = reduced(modes, keep=1)                            # a learned optimizer again
 
 The file stands alone: copy it. It needs jax and numpy. k is the length of the state of one
-parameter, P the shape of a parameter tensor, M accumulators.
+parameter, S the shape of a parameter tensor, M accumulators.
 """
 
 import warnings
@@ -45,7 +45,7 @@ class LearnedOptimizer(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """An optimizer around a fixed point, for one parameter; float64."""
+    """An optimizer around a fixed point, for one parameter, in float64."""
 
     a: np.ndarray  # (k, k) d state' / d state
     b: np.ndarray  # (k,) d state' / d gradient
@@ -54,7 +54,7 @@ class Linear(NamedTuple):
     point: np.ndarray  # (k,) h*, the fixed point
     start: np.ndarray  # (k,) the state before the first step
     drift: float  # u*, the update at the fixed point for a gradient of 0
-    residual: float  # |F(h*, 0) - h*|: how well it is one
+    residual: float  # |F(h*, 0) - h*|, 0 at a fixed point
 
 
 class Modes(NamedTuple):
@@ -68,7 +68,7 @@ class Modes(NamedTuple):
     start: np.ndarray  # (k,) what is left of the first state in each mode's step
     direct: float  # learning rate of a mode without memory (beta = 0)
     drift: float  # of each step
-    condition: float  # of the eigenvectors: above 1e6 they are hardly independent
+    condition: float  # of the eigenvectors. Above 1e6 they are hardly independent
 
 
 # --- linearisation
@@ -77,7 +77,7 @@ class Modes(NamedTuple):
 def fixed_point(f: Callable, h: Any, iterations: int = 20) -> tuple[np.ndarray, float]:
     """(h*, |f(h*) - h*|): Newton's method on the residual r = f(h) - h, from h.
 
-    Each step is the shortest s that solves J s = -r: f may have a line of fixed points.
+    f may have a line of fixed points. So each step is the shortest s with J s = -r.
     """
     residual = jax.jit(lambda h: f(h) - h)
     jacobian = jax.jit(jax.jacfwd(residual))
@@ -159,12 +159,12 @@ def keep_modes(modes: Modes, keep: int | None) -> np.ndarray:
 
 
 def reduced(modes: Modes, keep: int | None = None, rest: bool = True):
-    """The `LearnedOptimizer` of the first `keep` modes; all: the linearisation itself.
+    """The `LearnedOptimizer` of the first `keep` modes. All of them are the linearisation.
 
         y_j' = beta_j y_j - alpha_j g,   u = sum_j y_j' - direct g + u*
-    It has no theta. State: a tree like the parameters, leaves (keep, *P) complex64.
-    rest: False leaves out what the gradients did not cause: the way from the first state
-    to the fixed point, and the drift u* there.
+    It has no theta. Its state is a tree like the parameters, leaves (keep, *S) complex64.
+    rest: False leaves out what the gradients did not cause. That is the way from the first
+    state to the fixed point, and the drift u* there.
     """
     if not rest:
         modes = modes._replace(start=0 * modes.start, drift=0.0)
@@ -196,12 +196,12 @@ def reduced(modes: Modes, keep: int | None = None, rest: bool = True):
 def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
     """(alpha, beta), the best momentum for curvatures in [smallest, largest] (Polyak 1964).
 
-        alpha = 4 / (sqrt(m) + sqrt(L))^2
-        beta = ((sqrt(L) - sqrt(m)) / (sqrt(L) + sqrt(m)))^2
-    The best rate of convergence as t goes to infinity, not the best mean loss over T steps.
+        alpha = 4 / (low + high)^2,  beta = ((high - low) / (high + low))^2
+    low and high are the roots of the two curvatures. This gives the best rate of
+    convergence as t goes to infinity, not the best mean loss over T steps.
     """
-    m, big = np.sqrt(smallest), np.sqrt(largest)
-    return 4 / (m + big) ** 2, ((big - m) / (big + m)) ** 2
+    low, high = np.sqrt(smallest), np.sqrt(largest)
+    return 4 / (low + high) ** 2, ((high - low) / (high + low)) ** 2
 
 
 # --- optimizers whose state holds running means of the gradient: STAR
@@ -210,33 +210,32 @@ def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
 def accumulator_rates(optimizer, theta, decays, grads, state, params, entries):
     """Learning rates of running means of the gradient, for some parameters.
 
-        m_k' = beta_k m_k + (1 - beta_k) g,  alpha_k = -(1 - beta_k) d u / d m_k'
-    A running mean is a mode by design: its eigenvalue is its decay, and its learning rate
-    what the network makes of it, here and now, all other features held. Exact: the slope
-    of one parameter's update by its own mean, one parameter of every tensor at a time
-    (the optimizer must treat tensors separately, as STAR does).
+        m_j' = beta_j m_j + (1 - beta_j) g,  alpha_j = -(1 - beta_j) d u / d m_j'
+    A running mean is a mode by design, and its eigenvalue is its decay. Its learning rate
+    is what the network makes of it here and now, with all other features held. It is exact:
+    the slope of one parameter's update by its own mean, for one parameter of every tensor
+    at a time. The optimizer must treat tensors separately, as STAR does.
     state.tensors: a tree like params of tuples with a field m, the M means, as star.State.
-    decays: (M,). entries: a tree like params of (n,) flat indices. Returns a tree like
-    params of (M, n).
+    decays: (M,). entries: a tree like params of (n,) flat indices. -> likewise of (M, n).
     """
 
-    def slope(k, n):
-        def update_at(x):  # x is added to mean k of the chosen parameters
+    def slope(j, n):
+        def update_at(x):  # x is added to mean j of the chosen parameters
             def move(p, entry, tensor):
                 one = jnp.zeros(p.size).at[entry[n]].set(x).reshape(p.shape)
-                means = tuple(m + (k == i) * one for i, m in enumerate(tensor.m))
+                means = tuple(m + (i == j) * one for i, m in enumerate(tensor.m))
                 return tensor._replace(m=means)
 
             tensors = jax.tree.map(move, params, entries, state.tensors)
             moved = state._replace(tensors=tensors)
             updates, _ = optimizer.update(theta, grads, moved, params)
-            return jax.tree.map(lambda u, j: u.reshape(-1)[j[n]], updates, entries)
+            return jax.tree.map(lambda u, at: u.reshape(-1)[at[n]], updates, entries)
 
         return jax.jvp(update_at, (0.0,), (1.0,))[1]
 
     count, each = len(decays), len(jax.tree.leaves(entries)[0])
-    k, n = jnp.divmod(jnp.arange(count * each), each)
-    slopes = jax.lax.map(lambda pair: slope(*pair), (k, n))
-    # the slope by m_k' is that by m_k over beta_k
+    j, n = jnp.divmod(jnp.arange(count * each), each)
+    slopes = jax.lax.map(lambda pair: slope(*pair), (j, n))
+    # the slope by m_j' is that by m_j over beta_j
     scale = ((1 - decays) / decays)[:, None]
     return jax.tree.map(lambda s: -scale * s.reshape(count, each), slopes)

@@ -1,8 +1,8 @@
 """Meta-train the GRU of Maheswaranathan et al. 2020: python -m companions.gru
 
-On one of their tasks (`problems.py`), as appendix C.2 has it: backpropagation through all
-200 steps of 32 problems, an l2 penalty, clipping, Adam, its rate times 0.8 every 500
-meta-steps. The loop, its files and the other flags are those of train.py.
+The tasks are in `problems.py`. The recipe is that of appendix C.2: backpropagation through
+all 200 steps of 32 problems, an l2 penalty, clipping and Adam. Its rate is multiplied by
+0.8 every 500 meta-steps. The loop, its files and the other flags are those of train.py.
 
     python -m companions.gru --task linear_regression
     python -m companions.gru --preset two_moons
@@ -10,8 +10,8 @@ meta-steps. The loop, its files and the other flags are those of train.py.
     python -m companions.gru --preset rosenbrock --steps 6000 --meta-lr 0.003
         --init runs/first/theta.npz --fresh-meta
 
-Deviations: 2,000 meta-steps, not 5,000, and rates of ours; theirs came from a random
-search. Where gradients explode, on Rosenbrock and two moons, ES takes their place.
+Deviations: 2,000 meta-steps, not 5,000, and rates of our own, not of a random search.
+Gradients explode on Rosenbrock and two moons, where ES takes their place.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def parts(recipe: Recipe, build) -> train.Parts:
             one = estimators.truncated_bptt(problem, windows=1)
         else:
             one = estimators.truncated_es(problem, 1, recipe.sigma)
-        # side by side on a CPU, too: the problems are tiny
+        # Side by side on a CPU, too, since the problems are tiny.
         each = devices.split(jax.vmap, devices.mesh_of(recipe.devices))
         return estimators.population(one, recipe.particles, each)
 

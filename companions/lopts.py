@@ -1,12 +1,12 @@
 """Other learned optimizers, as the same three functions as STAR: init_theta, init, update.
 
-`mlp`: the optimizer of Metz et al. 2019 (appendix D.1), a network on every parameter by
-itself. `gru`: that of Maheswaranathan et al. 2020, a recurrent one likewise.
-`hand_designed`: any optax optimizer whose hyperparameters are theta, so that they are
-meta-trained by the same code: a learning rate and momentum are learned optimizers, too.
+`mlp` is the optimizer of Metz et al. 2019 (appendix D.1), a network on every parameter by
+itself. `gru` is that of Maheswaranathan et al. 2020, a recurrent one likewise.
+`hand_designed` makes one of any optax optimizer. Its hyperparameters are theta. So the same
+code meta-trains a learning rate and momentum.
 
-The file stands alone: copy it. It needs jax, numpy and optax. In shape comments P is the
-shape of one parameter tensor, F features, M momentum timescales, H hidden units.
+The file stands alone: copy it. It needs jax, numpy and optax. In shape comments S is the
+shape of one parameter tensor, F features, M momentum timescales, W hidden units.
 """
 
 import json
@@ -54,7 +54,7 @@ NORMALIZER_EPS = 1e-5
 
 
 class MLPState(NamedTuple):
-    momenta: Any  # like params, leaves (M, *P): running means of the gradient
+    momenta: Any  # like params, leaves (M, *S): running means of the gradient
     step: jax.Array  # () int32, updates done
 
 
@@ -62,13 +62,13 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
     """Metz et al. 2019, D.1: 16 features, 32 ReLU units, 610 meta-parameters.
 
         update = -1e-3 o_2 exp(1e-3 o_1),  (o_1, o_2) = network(features)
-    Features of each parameter: the gradient, the parameter, 5 momenta of the gradient,
-    each divided by its root mean square over the tensor; tanh(t / tau - 1) for 9 tau.
+    The features are the gradient, the parameter and 5 momenta of the gradient, each divided
+    by its root mean square over the tensor. Every parameter sees tanh(t / tau - 1), 9 tau.
     momentum, time: False leaves these features out (the ablations of figure 8).
 
-    Deviation: the paper says "about 1k parameters"; its features as listed make 610. The
-    timescales are log-spaced from 3 to 300,000 as the text says; the authors' public code
-    has 3, 10, 30, ... and leaves two out.
+    Deviation: the paper says "about 1k parameters", and its features as listed make 610.
+    The timescales are log-spaced from 3 to 300,000, as the text says. The authors' public
+    code has 3, 10, 30, ... and leaves two out.
     """
     decays = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999] if momentum else [])
     timescales = np.float32(np.geomspace(3, 300_000, 9) if time else [])  # inner steps
@@ -90,9 +90,9 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
 
     def update(theta, grads, state, params):
         time_features = jnp.tanh(state.step / timescales - 1)
-        # the same for every parameter: they are a bias, the weight of a feature of ones
+        # The same for every parameter, so they are a bias, the weight of a feature of ones.
         bias = theta["b0"] + time_features @ theta["w0"][plain:]
-        w0 = jnp.concatenate([theta["w0"][:plain], bias[None]])  # (F + 1, H)
+        w0 = jnp.concatenate([theta["w0"][:plain], bias[None]])  # (F + 1, W)
 
         def accumulate(g, m):
             decay = decays.reshape(-1, *[1] * g.ndim)
@@ -115,8 +115,8 @@ def mlp(momentum: bool = True, time: bool = True) -> LearnedOptimizer:
 
 @partial(jax.checkpoint, prevent_cse=False)
 def _layers(w0: jax.Array, w1: jax.Array, x: jax.Array) -> jax.Array:
-    """w1' relu(w0' x), (2, size). Backpropagation keeps x, and computes the hidden units,
-    five times as much, again. It is fast if all sums over the parameters are products."""
+    """w1' relu(w0' x), (2, size). Backpropagation keeps x and computes the hidden units, of
+    five times its size, again. It is fast if all sums over the parameters are products."""
     return w1.T @ jax.nn.relu(w0.T @ x)
 
 
@@ -126,17 +126,17 @@ def _layers(w0: jax.Array, w1: jax.Array, x: jax.Array) -> jax.Array:
 def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
     """A gated recurrent unit on every parameter by itself, read out linearly.
 
-        h' = F(h, g),  x' = x + scale w'h'          (equations 1 and 2)
-    with the GRU of Cho et al. 2014, sigma the logistic function:
-        z = sigma(g w_z + U_z h + b_z),  r = sigma(g w_r + U_r h + b_r),
-        n = tanh(g w_n + r U_n h + b_n),  F = z h + (1 - z) n
-    theta: g (3H,), h (H, 3H), b (3H,), the blocks in the order z, r, n, and readout (H,).
-    The state is a tree like the parameters, leaves (H, *P), zeros at first. The gradient
+        h' = GRU(h, g),  x' = x + scale w'h'        (equations 1 and 2)
+    with the GRU of Cho et al. 2014:
+        z = logistic(g w_z + U_z h + b_z),  r = logistic(g w_r + U_r h + b_r),
+        n = tanh(g w_n + r U_n h + b_n),  h' = z h + (1 - z) n
+    theta: g (3W,), h (W, 3W), b (3W,), the blocks in the order z, r, n, and readout (W,).
+    The state is a tree like the parameters, leaves (W, *S), zeros at first. The gradient
     enters as it is. scale: of the readout, for problems whose steps are small.
 
-    The paper leaves open sizes and start: here weights are truncated normals of deviation
+    The paper leaves sizes and start open. Here weights are truncated normals of deviation
     1 / sqrt(fan in), biases and the readout 0. Deviation from Cho et al.: r multiplies
-    U_n h, not h, so that one product serves all three (as cuDNN has it).
+    U_n h, not h, so that one product serves all three (as in cuDNN).
     """
 
     def init_theta(key):
@@ -153,7 +153,7 @@ def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
 
     def update(theta, grads, state, params):
         def one(g, h):
-            h = h.reshape(hidden, -1)  # (H, size)
+            h = h.reshape(hidden, -1)  # (W, size)
             from_g = theta["g"][:, None] * g.reshape(1, -1) + theta["b"][:, None]
             gz, gr, gn = jnp.split(from_g, 3)
             hz, hr, hn = jnp.split(theta["h"].T @ h, 3)
@@ -170,11 +170,11 @@ def gru(hidden: int = 16, scale: float = 1.0) -> LearnedOptimizer:
 
 # --- hand-designed optimizers with learned hyperparameters
 
-DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1); all others are above 0
+DECAYS = ("momentum", "b1", "b2", "decay")  # in (0, 1). All others are above 0
 
 
 def encode(hyperparameters: dict) -> dict:
-    """Values -> theta: log of what is above 0, logit of a decay, each () float32."""
+    """Values -> theta: the logit of a decay, the log of any other, each () float32."""
     return {
         name: jnp.float32(math.log(x / (1 - x) if name in DECAYS else x))
         for name, x in hyperparameters.items()
@@ -189,7 +189,7 @@ def decode(theta: dict) -> dict:
 
 
 def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
-    """make(**hyperparameters) of optax, theta their logs and logits: any theta is valid.
+    """make(**hyperparameters) of optax. theta is their logs and logits, so any is valid.
 
     hand_designed(optax.adam, learning_rate=1e-3, b1=0.9) learns these two.
     """
@@ -219,8 +219,8 @@ LEARNED = {
 def load_theta(path: Any) -> tuple[dict, LearnedOptimizer]:
     """(theta, optimizer) from a `.npz` whose "card" (JSON) has an "optimizer" of LEARNED.
 
-    Arrays with a "/" in their name are skipped. OSError where the file cannot be read;
-    ValueError, in one line, where it is no theta.
+    Arrays with a "/" in their name are skipped. Raises OSError where the file cannot be
+    read, and ValueError, in one line, where it is no theta.
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:

@@ -1,9 +1,9 @@
 """Metz et al. 2019, Algorithm 1: python -m companions.metz --task fmnist_small
 
 "Understanding and correcting pathologies in the training of learned optimizers". The
-meta-step and the files of a run are those of train.py. In `parts` a meta-gradient sees an
-unroll that grows over meta-training and varies by a jitter, its two estimates are merged
-by equation 1, and Adam follows it. TASKS are families of tasks, as in D.2.
+meta-step and the files of a run are those of train.py. `parts` holds what differs. The
+unroll grows over meta-training and varies by a jitter. Equation 1 merges two estimates of
+the meta-gradient, and Adam follows it. TASKS are families of tasks, as in D.2.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from companions import lopts
 
 
 def several(problem: estimators.Problem, windows: Any, most: int) -> estimators.Problem:
-    """The problem whose one window is `windows` of its windows, at most `most`; traced.
+    """The problem with `windows` of its windows as its one window, at most `most`.
 
-    So one program serves every length. Losses are (most * K,): those beyond the length are
-    0, the others scaled so that the mean is theirs. On the way back each window is computed
-    again: the tape holds one window and `most` carries.
+    `windows` may be traced, so one program serves every length. Losses are (most * K,).
+    Those beyond the length are 0, and the others are scaled, so that the mean is theirs.
+    The way back computes each window again: the tape holds one and `most` carries.
     """
 
     def run(theta, carry, key):
-        # in a scan nothing can be merged with the first pass: prevent_cse only costs
+        # In a scan nothing can be merged with the first pass, so prevent_cse only costs.
         @partial(jax.checkpoint, prevent_cse=False)
         def one(carry, i):
             def go():
@@ -51,7 +51,7 @@ def several(problem: estimators.Problem, windows: Any, most: int) -> estimators.
 
 
 def loss_after_update(split: str, build, optimizer, theta, carry, key) -> tuple:
-    """As `tasks.inner_step`, but the loss after the update, on a batch of its own.
+    """`tasks.inner_step` with the loss after the update, on a batch of its own.
 
     split: "train" is STAR's equation 3 to the letter, "valid" the L_valid of Metz et al.
     """
@@ -65,10 +65,10 @@ def loss_after_update(split: str, build, optimizer, theta, carry, key) -> tuple:
 def class_family(hidden: tuple, images: dict, key: jax.Array) -> tasks.Task:
     """A member of a family, drawn by the key: five classes of ten, in any order.
 
-    In place of Metz et al. 2019, D.2 (ten-way subsets of 700 classes of ImageNet): no
+    Metz et al. 2019, D.2, has ten-way subsets of 700 classes of ImageNet. Here, too, no
     network can know beforehand what an output means. images: (10, n, h, w, C) a split.
     """
-    # apart from the children that init draws
+    # 1000: apart from the keys that init splits off.
     chosen = jax.random.permutation(jax.random.fold_in(key, 1000), 10)[:5]
 
     def draw(key, split):
@@ -118,9 +118,9 @@ GROWTHS = {  # (windows at the end, share of the meta-steps done) -> windows, fr
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(train.Recipe):
-    """D.3. Deviations: unrolls up to 1,000 of T = 2,000 inner steps, not of 10,000; 2,000
-    meta-steps, not 5,000; 8 pairs, not 128; clipping. For --objective valid the paper has
-    --meta-lr 0.0003."""
+    """D.3. Deviations: unrolls up to 1,000 of T = 2,000 inner steps, not of 10,000. 2,000
+    meta-steps, not 5,000, with 8 pairs, not 128. Clipping. For --objective valid the paper
+    has --meta-lr 0.0003."""
 
     program: ClassVar[str] = "-m companions.metz"
     presets: ClassVar[dict] = {"default": {}}
@@ -147,7 +147,7 @@ class Recipe(train.Recipe):
 
 
 def windows_drawn(windows: Any, jitter: float, key: jax.Array) -> jax.Array:
-    """windows times 1 +- jitter, drawn evenly, as a whole number above 0: () int32."""
+    """windows times 1 +- jitter, drawn evenly and rounded, at least 1: () int32."""
     drawn = windows * (1 + jitter * jax.random.uniform(key, (), minval=-1.0))
     return jnp.maximum(jnp.round(drawn), 1).astype(jnp.int32)
 
@@ -180,7 +180,7 @@ def parts(recipe: Recipe, build) -> train.Parts:
             problem, horizon // length, recipe.sigma, devices.each()
         )
 
-        def estimate(key, theta, state):  # of so many windows, not of one
+        def estimate(key, theta, state):  # counts `windows` windows, not one
             grads, state, metrics = pair.estimate(key, theta, state)
             return grads, state._replace(window=state.window + windows - 1), metrics
 

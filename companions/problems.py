@@ -17,7 +17,7 @@ CURVATURES = 1e-3, 1.0  # smallest and largest eigenvalue of a Hessian
 
 
 def deterministic(init: Callable, loss: Callable, loss_limit: float) -> Task:
-    """init: key -> params, loss: params -> (), also the test loss; batches are empty."""
+    """init: key -> params. loss: params -> (), also the test loss. Batches are empty."""
     return Task(
         init=init,
         batch=lambda key, split: (),
@@ -28,13 +28,13 @@ def deterministic(init: Callable, loss: Callable, loss_limit: float) -> Task:
 
 
 def linear_regression(data, key: jax.Array) -> Task:
-    """0.5 |A x - b|^2 in 5 dimensions, A and b drawn by the key; x_0 ~ N(0, I).
+    """0.5 |A x - b|^2 in 5 dimensions. The key draws A and b, and x_0 ~ N(0, I).
 
-    A = diag(sqrt(lambda)) Q: the Hessian A'A has eigenvalues lambda log-uniform in
-    CURVATURES (condition numbers from 1 to 1000, median 110), and its axes are those of a
-    random reflection Q; b ~ N(0, I). The paper says only that A and b are random.
+    A = diag(sqrt(lambda)) Q. So the Hessian A'A has eigenvalues lambda, log-uniform in
+    CURVATURES: condition numbers are from 1 to 1000, median 110. Q is a random reflection,
+    and b ~ N(0, I). The paper says only that A and b are random.
     """
-    x, u, b = jax.random.normal(key, (3, 5))  # one call: every step draws them anew
+    x, u, b = jax.random.normal(key, (3, 5))  # in one call, since every step draws anew
     low, high = np.log(CURVATURES)
     values = jnp.exp(low + (high - low) * jax.scipy.stats.norm.cdf(x))
     q = jnp.eye(5) - 2 / (u @ u) * jnp.outer(u, u)
@@ -47,7 +47,7 @@ def linear_regression(data, key: jax.Array) -> Task:
 
 
 def rosenbrock(data, key: jax.Array) -> Task:
-    """(1 - x)^2 + 100 (y - x^2)^2, least at (1, 1); x_0 ~ U(-2, 2), y_0 ~ U(-1, 3)."""
+    """(1 - x)^2 + 100 (y - x^2)^2, 0 at (1, 1), from x_0 ~ U(-2, 2), y_0 ~ U(-1, 3)."""
 
     def init(key):
         return np.float32([-2, -1]) + 4 * jax.random.uniform(key, (2,))
@@ -72,8 +72,8 @@ def moons(points: int, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
 def two_moons(data, key: jax.Array, width: int = 64) -> Task:
     """A network on two moons: three hidden layers of tanh, logistic loss, full batch.
 
-    The 64 points are the same for all; init draws the weights (normal over sqrt(fan in),
-    truncated at 2 deviations; biases 0). The paper leaves open points and noise (0.1).
+    The 64 points are the same for all. init draws the weights, normal over sqrt(fan in) and
+    truncated at 2 deviations. Biases are 0. The paper leaves points and noise (0.1) open.
     """
     xy, side = moons(64)
     sizes = (2, width, width, width, 1)
