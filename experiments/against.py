@@ -3,9 +3,9 @@
     git clone https://github.com/google/learned_optimization FOLDER
     pip install flax dm-haiku chex gin-config absl-py
 
-The repository has the authors' STAR. The release on PyPI is older and has not. What the
-package imports to read data and to write summaries (tensorflow and others) never runs
-here. Where it is absent, an empty stand-in takes its place.
+The repository has the authors' STAR. The release on PyPI is older and does not. The package
+imports tensorflow and others to read data and to write summaries. They never run here. An
+empty stand-in takes the place of one that is absent.
 """
 
 import importlib
@@ -22,14 +22,14 @@ import numpy as np
 
 from store import UserError
 
-BATCHES = 64  # drawn beforehand and gone round, so that its input costs nothing
+BATCHES = 64  # drawn beforehand and used in turn, so that its input costs nothing
 # Imported where present, else stood in for. flax, which looks for tensorflow, comes first.
 OPTIONAL = (
     "flax.training.checkpoints flax.metrics.tensorboard flax.training.prefetch_iterator "
     "tensorflow tensorflow.compat tensorflow.compat.v2 tensorflow_datasets seqio"
 ).split()
-# The network as products of stacked features (the library's default), or number by number,
-# which its comments call faster.
+# The network as products of stacked features, which is the library's default, or number by
+# number, which its comments call faster.
 VARIANTS = {
     "default": dict(concat_weights=True, split_weights=False),
     "number by number": dict(concat_weights=False, split_weights=True),
@@ -43,7 +43,7 @@ def check(folder: str | pathlib.Path) -> None:
 
 
 def import_library(folder: str | pathlib.Path, *names: str) -> list[Any]:
-    """Modules of the package in `folder`; UserError, in a line, where one won't import."""
+    """Modules of the package in `folder`. UserError, in a line, if one won't import."""
     check(folder)
     sys.path.insert(0, str(folder))
     for name in OPTIONAL:
@@ -60,8 +60,8 @@ def import_library(folder: str | pathlib.Path, *names: str) -> list[Any]:
 
 
 def as_its_task(base: Any, task: Any, key: jax.Array) -> Any:
-    """Our Task as a family of the library's (its module tasks.base), on the same network,
-    loss and batches."""
+    """Our Task as a family of the library's, with the same network, loss and batches.
+    base: its module tasks.base."""
     keys = jax.random.split(key, BATCHES)
     batches = [jax.device_get(task.batch(k, "train")) for k in keys]
     structure = jax.tree.structure(jax.eval_shape(task.init, key))
@@ -83,8 +83,8 @@ def as_its_task(base: Any, task: Any, key: jax.Array) -> Any:
 def estimates(
     folder: str | pathlib.Path, task: Any, pairs: int, length: int, horizon: int
 ) -> dict[str, Callable]:
-    """{variant: () -> mean loss of the library's next PES estimate, `pairs` windows of
-    `length` steps with its STAR}."""
+    """{variant: () -> mean loss of the library's next PES estimate}. An estimate has
+    `pairs` windows of `length` steps with its STAR."""
     base, star, steps, pes, learner, schedule = import_library(
         folder,
         "tasks.base",

@@ -1,8 +1,8 @@
 """Speed, in ratios measured in one run: python -m experiments.bench
 
-Meta-training against the floor (the task's gradient and SGD, no optimizer to speak of) and
-Adam; one update against Adam's, by tensor size; each estimator against PES; compile time;
-memory; and, with --against, the authors' library. Prints tables and writes bench.json. All
+Meta-training is compared with Adam and with the floor, the task's gradient and SGD. Updates
+are compared with Adam's by tensor size, and estimators with PES. Compile time and memory
+follow, and --against adds the authors' library. It prints tables and writes bench.json. All
 timings are the best of interleaved rounds, so that a busy machine slows all alike.
 """
 
@@ -56,8 +56,8 @@ def window(
     length: int,
     estimator: str = "pes",
 ) -> tuple[Callable, float]:
-    """(() -> the next estimate, seconds to compile it): what a meta-step runs, `pairs`
-    windows of `length` inner steps."""
+    """(() -> the next estimate, seconds to compile it). A meta-step runs such an estimate:
+    `pairs` windows of `length` inner steps."""
     flat, unravel = ravel_pytree(optimizer.init_theta(jax.random.key(0)))
 
     def make(data):
@@ -88,7 +88,7 @@ def window(
 
 
 def best_times(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of each call (), the best of interleaved rounds after one that warms up."""
+    """Seconds of each call (), the best of interleaved rounds. One more warms up."""
     best = dict.fromkeys(calls, float("inf"))
     for t in range(rounds + 1):
         for name, call in calls.items():
@@ -115,16 +115,16 @@ def throughput(build, data, pairs: int, length: int, rounds: int) -> dict[str, d
 
 
 def estimator_costs(build, data, pairs, length: int, rounds: int) -> dict[str, dict]:
-    """Seconds of an estimate of Metz's optimizer, with the same pairs and windows, and the
-    multiple of PES."""
+    """Seconds of each estimate of Metz's optimizer, with the same pairs and windows, and
+    these as a multiple of PES."""
     window_of = partial(window, LEARNED["mlp"], build, data, pairs, length)
     best = best_times({name: window_of(name)[0] for name in COMBINE}, rounds)
     return {k: {"seconds": x, "of_pes": x / best["pes"]} for k, x in best.items()}
 
 
 def compare(folder, build, data, pairs, length: int, rounds: int) -> dict[str, dict]:
-    """PES with STAR, here and by the library in `folder`: inner steps per second, and how
-    many times as many are done here."""
+    """PES with STAR, here and by the library in `folder`: inner steps per second of each,
+    and how many times as many are done here."""
     ours, _ = window(OPTIMIZERS["star"], build, data, pairs, length)
     task = build(data, jax.random.key(0))
     theirs = against.estimates(folder, task, pairs, length, HORIZON)
@@ -149,7 +149,7 @@ def update_times(shape: tuple[int, ...], rounds: int, repeats=20) -> dict[str, f
         def loop(theta, p, state, optimizer=optimizer):
             def one(_, carry):
                 p, state = carry
-                # a gradient that changes with p, so that nothing moves out of the loop
+                # The gradient changes with p, so that nothing moves out of the loop.
                 update, state = optimizer.update(theta, 1e-3 * p + 1e-4, state, p)
                 return p + update, state
 
@@ -173,7 +173,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def table(heading: str, rows: dict[str, dict], **forms: str) -> None:
-    """Prints the rows under a heading; forms: of columns whose numbers are not .1f."""
+    """Prints the rows under a heading. forms: of columns whose numbers are not .1f."""
     wide, columns = max(len(heading), *map(len, rows)), list(next(iter(rows.values())))
     names = " ".join(f"{column.replace('_', ' '):>22}" for column in columns)
     print(f"\n{heading:>{wide}} {names}")
@@ -183,7 +183,7 @@ def table(heading: str, rows: dict[str, dict], **forms: str) -> None:
 
 
 def measure(args: argparse.Namespace, data: Any) -> dict[str, dict]:
-    """All that main writes; prints each table when it is there."""
+    """All that main writes. Prints each table when it is there."""
     rounds = 2 if args.quick else 8
     setting = TASKS[args.task].build, data, args.particles, args.truncation, rounds
     results = {"meta_training": throughput(*setting)}

@@ -1,11 +1,11 @@
 """Every task by name, and two suites of sixteen: python -m experiments.catalogue lists them
 
-With their sizes, the work of a step, and the task of google/learned_optimization that each
-stands for. The suites span the families of the STAR paper's figures App. 5 and App. 6,
-whose own list the text does not give. `small` is what a CPU does in 20 ms a step.
+The list has sizes, the work of a step, and the task of google/learned_optimization that
+each stands for. The suites span the families of the STAR paper's figures App. 5 and App. 6.
+The paper's own list is not in its text. `small` is what a CPU does in 20 ms a step.
 
-Deviations: CIFAR-100 in place of ImageNet, whose pictures may not be passed on, and bytes
-of any text in place of the One Billion Word benchmark (see `kinds.language_model`).
+Deviations: CIFAR-100 replaces ImageNet, whose pictures may not be passed on. Bytes of any
+text replace the One Billion Word benchmark (see `kinds.language_model`).
 """
 
 import math
@@ -33,7 +33,7 @@ def image_task(
 ) -> TaskSpec:
     """dataset: a function of data.py. make: (draw, test split, classes) -> Task.
 
-    size: of the pictures, resized; None leaves them as they are.
+    size: of the pictures, which are resized to it. None leaves them as they are.
     """
 
     def load(source="auto", data_dir=None):
@@ -188,9 +188,9 @@ STANDS_FOR = {
 
 
 def multiply_adds(jaxpr: Any) -> int:
-    """Of the matrix products and convolutions in a jaxpr, those of loops by their length.
+    """Of the matrix products and convolutions in a jaxpr, times the length of their loops.
 
-    A `while` and each branch of a `cond` count once; padding counts as pixels do.
+    A `while` and each branch of a `cond` count once. Padding counts as pixels do.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -224,9 +224,9 @@ def blank(name: str) -> datasets.Images | datasets.Text:
 
 
 def measure(name: str) -> tuple[int, float, str]:
-    """(parameters, GFLOP of a gradient, data set): without files, by shapes alone.
+    """(parameters, GFLOP of a gradient, data set), from shapes alone, without files.
 
-    Two operations a multiply-add, in the matrix products and convolutions alone.
+    Only matrix products and convolutions count, two operations a multiply-add.
     Backpropagation counts as two more evaluations of the loss.
     """
     names = ("fashion_mnist", "mnist", "cifar10", "cifar100", "text")

@@ -1,6 +1,6 @@
 """Kinds of tasks in the suite beside the classification of images in tasks.py.
 
-Each is a `Task` of pure functions; catalogue.py gives them names. Batches are drawn with
+Each is a `Task` of pure functions, and catalogue.py gives it a name. Batches are drawn with
 replacement, by the key alone.
 """
 
@@ -20,10 +20,10 @@ TEST_WINDOWS = 500  # of text, spread over the test split
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """(n, h, w, c) uint8 -> (n, size, size, c) uint8, bilinear, without antialiasing.
+    """(n, h, w, C) uint8 -> (n, size, size, C) uint8, bilinear, without antialiasing.
 
-    As tf.image.resize, which the task suite uses. Deviation: rounded to whole grey levels,
-    half a level (0.002 of the range) at most.
+    As tf.image.resize, which the task suite uses. Deviation: the result is rounded to whole
+    grey levels, by half a level (0.002 of the range) at most.
     """
 
     def one(block):
@@ -38,7 +38,7 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean over the batch and the classes of (logit - one-hot label)^2.
 
-    The suite clips this loss at 1 and multiplies it by 10; here it is clipped at 1 alone.
+    The suite clips this loss at 1 and multiplies it by 10. Here it is clipped at 1 alone.
     """
     return jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1])).mean()
 
@@ -68,11 +68,11 @@ def excerpts(stream: jax.Array, starts: jax.Array, length: int) -> tuple:
 def language_model(streams: dict, network: Network, length: int, size: int) -> Task:
     """Next-byte prediction: mean cross-entropy in nats over all positions of a batch.
 
-    streams: the bytes of each split, (n,) uint8; tokens are byte + 3, V = 259. size: of a
+    streams: the bytes of each split, (n,) uint8. Tokens are byte + 3, V = 259. size: of a
     batch. Deviation: the suite takes the first `length` + 1 tokens of each sentence of the
     One Billion Word benchmark and pads short ones. Here a window starts anywhere in a
-    stream of text, so nothing is padded, and it rarely starts with a sentence. The suite
-    leaves the loss of such tasks as it is; here the meta-loss clips it at 1.5 ln 259.
+    stream of text. Nothing is padded, and few windows start with a sentence. The suite does
+    not clip the loss of such tasks. Here the meta-loss clips it at 1.5 ln 259.
     """
 
     def draw(key, split):
@@ -100,10 +100,10 @@ def language_model(streams: dict, network: Network, length: int, size: int) -> T
 def es_gradient(task: Task, pairs: int, sigma: float = 0.01) -> Task:
     """The same task with a gradient by evolution strategies instead of backpropagation.
 
-        g = mean over the pairs of  eps (L(theta + eps) - L(theta - eps)) / (2 sigma^2),
-        eps ~ N(0, sigma^2 I), all losses on one batch,
+        g = mean over the pairs of  eps (L(phi + eps) - L(phi - eps)) / (2 sigma^2),
+        eps ~ N(0, sigma^2 I), all losses on one batch
 
-    drawn by the key of the loss; its value stays L(theta).
+    The key of the loss draws eps. The value of the loss stays L(phi).
     """
 
     @jax.custom_vjp

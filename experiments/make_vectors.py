@@ -1,13 +1,13 @@
 """The authors' numbers for tests/test_vectors.npz: python -m experiments.make_vectors
 
-`--library FOLDER` is a checkout of google/learned_optimization; `against.py` says what it
+`--library FOLDER` is a checkout of google/learned_optimization. `against.py` says what it
 needs. The command runs the authors' optimizers on the inputs of each case in the file and
 prints the largest difference to the file's results. `--out FILE` writes what it computed.
 A case that the file lacks gets inputs that are drawn.
 
-A case consists of arrays for T updates of one tensor of shape P: CASE/theta/NAME as in
-star.py, CASE/params0 (*P), CASE/step0 () int32 updates done before, CASE/grads (T, *P),
-the middle one zero, and CASE/params (T, *P) after each update.
+A case consists of arrays for T updates of one tensor of shape S. CASE/theta/NAME is as in
+star.py. CASE/step0 () int32 counts the updates done before. CASE/params0 (*S) and
+CASE/grads (T, *S) are inputs, CASE/params (T, *S) results. The middle gradient is 0.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ CASES = {
 
 
 def drawn(c: star.Constants, shape: tuple[int, ...], seed: int) -> dict:
-    """Inputs of a case, T = 8; gradients between 1e-3 and 10 in size."""
+    """Inputs of a case with T = 8 and gradients between 1e-3 and 10 in size."""
     rng = np.random.default_rng(seed)
     grads = 10 ** rng.uniform(-3, 1) * rng.normal(size=(8, *shape))
     grads[4] = 0
@@ -57,7 +57,7 @@ def drawn(c: star.Constants, shape: tuple[int, ...], seed: int) -> dict:
 
 
 def their_optimizer(nominal: Any, adafac: Any, c: star.Constants) -> Any:
-    """MLPNomLOpt with our constants; for blackbox AdafacMLPLOpt, which is small_fc_lopt."""
+    """MLPNomLOpt with our constants, or AdafacMLPLOpt (small_fc_lopt) for blackbox."""
     if c == BLACKBOX:
         return adafac.AdafacMLPLOpt()
     return nominal.MLPNomLOpt(
@@ -71,7 +71,7 @@ def their_optimizer(nominal: Any, adafac: Any, c: star.Constants) -> Any:
 
 
 def their_params(optimizer: Any, case: dict[str, np.ndarray]) -> np.ndarray:
-    """Parameters (T, *P) after each update of their optimizer on a case's inputs."""
+    """Parameters (T, *S) after each update of their optimizer on a case's inputs."""
     theta = {k[6:]: jnp.asarray(x) for k, x in case.items() if k.startswith("theta/")}
     network = optimizer.init(jax.random.PRNGKey(0))["nn"]["~"]
     for name, x in network.items():  # MLPNomLOpt has four heads, the unused ones 0 here

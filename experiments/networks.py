@@ -1,12 +1,12 @@
 """Networks of the suite's tasks beside those of tasks.py, as pairs of pure functions.
 
 Sizes, initial values and layouts are those of the tasks of google/learned_optimization, on
-which the STAR paper evaluates. They matter: an optimizer that reads parameters' values and
-tensors' shapes can tell the difference. Weights are truncated normal as in tasks.py, biases
-zero; embeddings have scale 1. Batch norm always uses the statistics of the batch it sees,
-in tests too. Its scale and offset are (1, ..., 1, C), so that a factored second moment
-takes them for matrices; those of layer norm are (C,). A network's key is for dropout.
-In comments: B batch, T tokens, C channels, V vocabulary, N heads, D width.
+which the STAR paper evaluates. They matter, since an optimizer that reads values and shapes
+of tensors can tell the difference. Weights are truncated normal as in tasks.py, and biases
+0. Embeddings have scale 1. Batch norm always uses the statistics of its batch, in
+tests too. Its scale and offset are (1, ..., 1, C), and a factored second moment takes them
+for matrices. Those of layer norm are (C,). A network's key is for dropout. In comments:
+B batch, T tokens, C channels, V vocabulary, W width of a hidden layer, E of an embedding.
 """
 
 import functools
@@ -26,11 +26,11 @@ def norm_params(*shape: int) -> dict:
 
 
 def norm(params: dict, x: jax.Array) -> jax.Array:
-    """scale (x - mean) / sqrt(variance + 1e-5) + offset; the variance divides by n.
+    """scale (x - mean) / sqrt(variance + 1e-5) + offset. The variance divides by n.
 
-    A scale of (C,): layer norm, over the channels of each position (Ba, Kiros and Hinton
-    2016). A scale of (1, ..., 1, C): batch norm, over everything but the channels, of this
-    very batch (Ioffe and Szegedy 2015).
+    A scale of (C,) gives layer norm, over the channels of each position (Ba, Kiros and
+    Hinton 2016). A scale of (1, ..., 1, C) gives batch norm, over everything but the
+    channels, of this very batch (Ioffe and Szegedy 2015).
     """
     axes = -1 if params["scale"].ndim == 1 else tuple(range(x.ndim - 1))
     scale, offset = (jnp.broadcast_to(params[k], x.shape) for k in ("scale", "offset"))
@@ -44,7 +44,7 @@ def max_pool(x: jax.Array, size: int = 3, stride: int = 2) -> jax.Array:
 
 
 def dropout_factors(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """What to multiply by: 0 with probability `rate`, else 1 / (1 - rate); mean 1."""
+    """Factors of mean 1: 0 with probability `rate`, else 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
@@ -96,10 +96,10 @@ def resnet(shape, outputs, channels=(128, 256, 512, 512), first=5) -> Network:
 
     He et al. 2016b: a block adds y to a shortcut s, both of a = relu(norm(x)),
         s = 1x1 convolution / stride,  y = 1x1, 3x3 / stride, 1x1 convolutions,
-    with norm and relu between those of y and a quarter of the channels inside; strides
-    1, 2, 2, ... In front a convolution of size `first` and stride 2 to 64 channels and a
-    pooling of stride 2. Batch norm, no biases; the last layer starts at zero, so the first
-    loss is ln(outputs) exactly.
+    Norm and relu stand between those of y, which have a quarter of the channels. Strides
+    are 1, 2, 2, ... In front are a convolution of size `first` and stride 2 to 64 channels
+    and a pooling of stride 2. Norms are batch norms, and there are no biases. The last
+    layer starts at zero, so the first loss is ln(outputs) exactly.
     """
 
     def kernel(key, size, n, m):
@@ -146,7 +146,7 @@ def resnet(shape, outputs, channels=(128, 256, 512, 512), first=5) -> Network:
 def lstm(vocabulary: int, embedding: int, hidden: int) -> Network:
     """Embedding -> LSTM (Hochreiter and Schmidhuber 1997, forget gates of 2000) -> dense.
 
-        z = [x, h] W + b, in four parts i, g, f, o
+        z = [x, h] w + b, in four parts i, g, f, o
         c <- sigmoid(f + 1) c + sigmoid(i) tanh(g),  h <- sigmoid(o) tanh(c)
 
     The first h and c are learned, and start at zero.
@@ -165,8 +165,8 @@ def lstm(vocabulary: int, embedding: int, hidden: int) -> Network:
     def apply(params, key, tokens):
         w_x, w_h = jnp.split(params["cell"]["w"], [embedding])
         x = params["embedding"][tokens.T]  # (T, B, E)
-        # what comes from x needs no loop: one product for all tokens
-        z_x = dense({"w": w_x, "b": params["cell"]["b"]}, x)  # (T, B, 4 H)
+        # What comes from x needs no loop, only one product for all tokens.
+        z_x = dense({"w": w_x, "b": params["cell"]["b"]}, x)  # (T, B, 4 W)
         start = [jnp.broadcast_to(params[k], (len(tokens), hidden)) for k in ("h", "c")]
 
         def step(carry, z_x):
@@ -176,7 +176,7 @@ def lstm(vocabulary: int, embedding: int, hidden: int) -> Network:
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
             return (h, c), h
 
-        _, h = jax.lax.scan(step, tuple(start), z_x)  # (T, B, H)
+        _, h = jax.lax.scan(step, tuple(start), z_x)  # (T, B, W)
         return dense(params["out"], h.swapaxes(0, 1))
 
     return Network(init, apply)
@@ -186,11 +186,11 @@ def transformer(vocabulary, width, layers, heads, head_size=32, rate=0.1) -> Net
     """A decoder-only transformer, layer norm in front of each part (Vaswani et al. 2017).
 
         h <- h + drop(attention(norm(h)))          causal, logits q k / sqrt(head_size)
-        h <- h + drop(W gelu(V norm(h)))           four times the width inside
+        h <- h + drop(down gelu(up norm(h)))       four times the width inside
 
-    for each layer, then a last norm and a dense layer. As the task suite has it: no
-    positions (order reaches the logits only through the causal mask), dropout always on,
-    weights inside of the layers with variance 2 / (layers * fan-in).
+    These are a layer. A norm and a dense layer follow the last. As in the task suite, there
+    are no positions: order reaches the logits only through the causal mask. Dropout is
+    always on. Weights inside of the layers have variance 2 / (layers * fan-in).
     """
     inside = heads * head_size
     sizes = dict.fromkeys("qkv", (width, inside)) | {"attended": (inside, width)}
@@ -219,12 +219,12 @@ def transformer(vocabulary, width, layers, heads, head_size=32, rate=0.1) -> Net
         q, k, v = (dense(params[name], x).reshape(shape) for name in "qkv")
         logits = jnp.einsum("btnd,bsnd->bnts", q, k) / math.sqrt(head_size)
         causal = jnp.tril(jnp.ones((t, t), bool))[None, None]
-        weights = jax.nn.softmax(jnp.where(causal, logits, -1e30))  # (B, N, T, T)
+        weights = jax.nn.softmax(jnp.where(causal, logits, -1e30))  # (B, heads, T, T)
         mixed = jnp.einsum("bnts,bsnd->btnd", weights, v)
         return dense(params["attended"], mixed.reshape(b, t, inside))
 
     def apply(params, key, tokens):
-        h = params["embedding"][tokens]  # (B, T, D)
+        h = params["embedding"][tokens]  # (B, T, W)
         drop = dropout_factors(key, (layers, 2, *h.shape), rate)  # all in one draw
         for i, layer in enumerate(params["blocks"]):
             h += drop[i, 0] * attention(layer, norm(layer["norm1"], h))

@@ -1,8 +1,8 @@
 """Many recipes of meta-training at once: python -m experiments.search CANDIDATES.jsonl
 
-train.py trains one theta. Here every candidate is meta-trained on several seeds, all of
-them in one program, and then all thetas train fresh networks. On a GPU a hundred runs take
-a few times as long as one. A candidate is a line of JSON with settings of train.Recipe:
+train.py trains one theta. Here one program meta-trains every candidate on several seeds.
+Then all thetas train fresh networks. On a GPU a hundred runs take a few times as long as
+one. A candidate is a line of JSON with settings of train.Recipe:
 
     {"estimator": "noise_reuse", "sigma": 0.02, "beta3": 3e-06}
 
@@ -46,7 +46,7 @@ def groups_of(candidates: list[dict]) -> dict:
 
 
 def numbers_of(group: list[dict], seeds: int) -> dict:
-    """{name: (runs,)}, the seeds and TRACED numbers of every candidate on every seed."""
+    """{name: (runs,)} of seeds and TRACED numbers, for every candidate on every seed."""
     recipe = train.Recipe(**{k: v for k, v in group[0].items() if k not in TRACED})
     usual = dataclasses.asdict(recipe) | {"last_layer": 1.0}
     usual |= star.CONSTANTS[recipe.optimizer]._asdict()
@@ -82,7 +82,7 @@ def advance(fixed, build, data, numbers, state):
 
 
 def lower(fixed: dict, build, data, numbers):
-    """(states of all runs, the lowered `advance` of them all)."""
+    """(states of all runs, their one lowered `advance`)."""
     states = jax.jit(jax.vmap(partial(start, fixed, build), (None, 0)))(data, numbers)
     every = jax.vmap(partial(advance, fixed, build), (None, 0, 0))
     return states, jax.jit(every, donate_argnums=2).lower(data, numbers, states)

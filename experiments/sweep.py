@@ -1,10 +1,10 @@
 """Meta-train all that figure 3 and its ablations compare: python -m experiments.sweep
 
-STAR at four weight decays, blackbox, hyperparam, no preconditioner, no nominal term, all
-with the same recipe and budget, seed after seed. Blackbox and hyperparam have no weight
-decay, as in the paper. Each run is a folder of train.py's,
-OUT/VARIANT-seedN. Finished runs are skipped and others resumed. Flags that are not listed
-here go to train.py, the same for every run, such as --steps 1000 --preset small.
+These are STAR at four weight decays, blackbox, hyperparam, no preconditioner and no nominal
+term. All have the same recipe and budget, seed after seed. Blackbox and hyperparam have no
+weight decay, as in the paper. Each run is a folder of train.py's, OUT/VARIANT-seedN.
+Finished runs are skipped and others resumed. Flags that are not listed here, such as
+--steps 1000 --preset small, go to train.py for every run.
 
 `--ship FOLDER` leaves there what the figures need of finished runs, a few KB each.
 """
@@ -25,8 +25,8 @@ from experiments.catalogue import TASKS
 from experiments.train import Recipe
 
 STAR = ("--optimizer", "star_small_beta3", "--weight-decay")
-# Section 5.3, appendices B.2 and C.2. An ablation keeps STAR's beta3 and decay. Without
-# the division by v that makes steps a thousandth as large, so 1e-3 stands beside it.
+# Section 5.3, appendices B.2 and C.2. An ablation keeps STAR's beta3 and decay. Without the
+# division by v this beta3 makes steps a thousandth as large, so 1e-3 stands beside it.
 ABLATION = ("--weight-decay", "0.5", "--beta3", "3e-6", "--optimizer")
 VARIANTS = {
     "star_wd0.5": (*STAR, "0.5"),
@@ -76,8 +76,8 @@ def refuse_other_recipe(folder: pathlib.Path, recipe: train.Recipe) -> None:
 
 
 def ship(root: pathlib.Path, target: pathlib.Path) -> None:
-    """Of each finished run in `root`: theta and card, and every tenth row of its log, the
-    mean over the ten meta-steps that end there."""
+    """Copies theta, card and log of each finished run in `root`. The log has every tenth
+    row, the mean over the ten meta-steps that end there."""
     for folder in filter(finished, sorted(root.glob("*-seed*"))):
         to, path = target / folder.name, folder / "theta.npz"
         to.mkdir(parents=True, exist_ok=True)

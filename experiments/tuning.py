@@ -1,9 +1,9 @@
 """Tune the baselines: python -m experiments.tuning --task fmnist --optimizers adam,nadamw
 
-Trains each task with every candidate and keeps the one that ends with the lowest training
-loss (appendix B.3 of the STAR paper): Adam at half orders of magnitude, NAdamW with
-configurations of a list of 1000. Writes one search a line, and skips what the file has
-already. `tuned.json` beside this module is the file that eval.py reads.
+Every candidate trains each task. The one that ends with the lowest training loss is kept
+(appendix B.3 of the STAR paper). Adam is tried at half orders of magnitude, NAdamW with
+configurations of a list of 1000. The file gets one search a line. A search that it has is
+skipped. `tuned.json` beside this module is the file that eval.py reads.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def log_uniform(rng: np.random.RandomState, low: float, high: float) -> float:
 def nadamw_config(seed: int) -> dict[str, float]:
     """Configuration `seed`, 0 to 999, of the 1000 random ones (appendix B.3), as drawn.
 
-    The list that the paper searches has these in another order. warmup and constant are
+    The list that the paper searches has them in another order. warmup and constant are
     fractions of the run.
     """
     rng = np.random.RandomState(seed + 14358)
@@ -105,9 +105,9 @@ def nadamw_theta(config: dict, steps: int, quirks: bool = False) -> dict[str, fl
     """`nadamw`'s theta of a configuration, for a run of `steps`.
 
     The warm-up ends where the constant part does, if not before: min(warmup, constant).
-    quirks: the published code, and so the paper's baseline. It has max(warmup, constant),
-    one ramp up to where the decay begins. Its l2 term has the other sign and drives the
-    weights outwards.
+    quirks: as the published code, the paper's baseline, has it. There the warm-up is
+    max(warmup, constant), one ramp up to where the decay begins. Its l2 term has the other
+    sign and drives the weights outwards.
     """
     warmup, l2 = config["warmup"], config["l2"]
     if warmup > 0:
@@ -119,9 +119,9 @@ def nadamw_theta(config: dict, steps: int, quirks: bool = False) -> dict[str, fl
 def adam8_config(seed: int, steps: int) -> dict[str, float]:
     """Random hyperparameters of `adam8`, for a run of `steps`.
 
-    Metz et al. 2019 do not print their ranges. Ours are uniform in the logarithm. Over
-    the whole run the exponential decay takes a factor of e^0.1 to e^10, and the linear one
-    0.1 to 1 of the rate.
+    Metz et al. 2019 do not print their ranges. Ours are uniform in the logarithm. Over the
+    whole run, the exponential decay divides the rate by e^0.1 to e^10. The linear decay
+    takes 0.1 to 1 of it.
     """
     draw = partial(log_uniform, np.random.RandomState(seed))
     return {
@@ -139,9 +139,9 @@ def adam8_config(seed: int, steps: int) -> dict[str, float]:
 def candidates(optimizer: str, budget: int, steps: int) -> list[dict[str, float]]:
     """The thetas to try, as plain numbers, for runs of `steps`.
 
-    adam, sgdm, rmsprop, sgd: `LEARNING_RATES`, whatever the budget. nadamw: the first
-    `budget` of the 1000 configurations, the learned order's hundred in front, then by
-    seed. nadamw_quirks: the same with `quirks`. adam8: `budget` random draws.
+    adam, sgdm, rmsprop, sgd: `LEARNING_RATES`, whatever the budget. nadamw: `budget` of the
+    1000 configurations, first the hundred of NADAMW_ORDER, then by seed. nadamw_quirks: the
+    same with `quirks`. adam8: `budget` random draws.
     """
     if optimizer in GRIDS:
         return [{"learning_rate": rate} for rate in LEARNING_RATES]
@@ -157,15 +157,15 @@ def candidates(optimizer: str, budget: int, steps: int) -> list[dict[str, float]
 def final_losses(losses: np.ndarray) -> np.ndarray:
     """(candidates, steps) -> (candidates,): mean over the last tenth of the steps.
 
-    The paper takes the last training loss, of ten batches and five seeds; here the last
-    steps' own batches stand for them. inf for a run that had a loss not finite anywhere.
+    The paper takes the last training loss, of ten batches and five seeds. Here the batches
+    of the last steps stand for them. A run with any loss that is not finite gets inf.
     """
     tail = losses[:, -max(1, losses.shape[1] // 10) :].astype(np.float64)
     return np.where(np.isfinite(losses).all(1), tail.mean(1), np.inf)
 
 
 def warning_of(optimizer: str, final: np.ndarray) -> str | None:
-    """Where every run diverged, or the best learning rate is at an edge of the grid."""
+    """A warning where every run diverged, or the best rate is at an edge of the grid."""
     best = int(final.argmin())
     if not np.isfinite(final[best]):
         return "every run diverged"
@@ -176,11 +176,11 @@ def warning_of(optimizer: str, final: np.ndarray) -> str | None:
 
 
 def tune(asked: dict, data: Any, report: Callable = lambda done: None) -> dict:
-    """Train all candidates from the same parameters on the same batches: asked and found.
+    """`asked` and what was found: all candidates on the same parameters and batches.
 
-    asked: as `main` makes it; the same gives the same result. "theta" of the result is the
-    best candidate and "loss" the criterion, both None where every run diverged. "losses"
-    are those of all candidates, None for a diverged one; "seconds" with compilation.
+    asked: as `main` makes it. It determines the result. Its "theta" is the best candidate
+    and "loss" the criterion, both None where every run diverged. "losses" are those of all
+    candidates, None for a diverged one. "seconds" include compilation.
     """
     optimizer, steps = asked["optimizer"], asked["steps"]
     thetas, begin = candidates(optimizer, asked["budget"], steps), time.perf_counter()
@@ -203,7 +203,7 @@ def tune(asked: dict, data: Any, report: Callable = lambda done: None) -> dict:
 
 
 def load_tuned(path: pathlib.Path) -> dict[tuple[str, str, int], dict]:
-    """{(task, optimizer, steps): result of `tune`}; {} without a file."""
+    """{(task, optimizer, steps): result of `tune`}, {} without a file."""
     try:
         results = json.loads(path.read_text())
         return {(r["task"], r["optimizer"], r["steps"]): r for r in results}
