@@ -5,8 +5,8 @@ import pathlib
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: tests are exact on a CPU
-# Most of the tests' time is XLA's: programs that are not optimized compile in a quarter of
-# it. `XLA_FLAGS= pytest` tests them as the commands run them, here and in new processes.
+# Tests compile without optimization, in a quarter of the time, because compiling takes most
+# of it. `XLA_FLAGS= pytest` turns optimization on, here and in the processes they start.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
@@ -21,7 +21,7 @@ import pytest
 import data as datasets
 from tasks import TASKS
 
-# Compile a program once, for all processes and later runs; `pytest --cache-clear` forgets.
+# Compile a program once, for all processes and later runs. `pytest --cache-clear` forgets.
 CACHE = pathlib.Path(__file__).with_name(".pytest_cache") / "d" / "jax"
 options = {"jax_compilation_cache_dir": str(CACHE)}
 options["jax_persistent_cache_min_compile_time_secs"] = 0.05

@@ -74,7 +74,7 @@ def quadratic(length):
 
 
 def network(length):
-    """A two-layer network, full batch, one start; theta: log rates of its two layers."""
+    """A two-layer network, full batch, one start. theta: log rates of its two layers."""
     xs = np.linspace(-1, 1, 4)[:, None]
     start = np.array([[0.7, -0.4, 0.9], [0.35, -0.2, 0.45]])
 
@@ -127,8 +127,8 @@ def smoothed_gradients(name, sigma):
 @pytest.mark.parametrize("name", UNBIASED)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_estimator_is_unbiased(problem, name):
-    """20 problems: the mean estimate is the gradient of the smoothed loss, z-score < 6 (in
-    the network, 2 % besides: float32, and PES smooths a curved loss in another way)."""
+    """On 20 problems the mean estimate is the gradient of the smoothed loss, z-score < 6.
+    The network has 2 % more: float32, and PES smooths a curved loss in another way."""
     exact = smoothed_gradients(problem, 0 if name == "bptt" else PROBLEMS[problem][2])
     share = 0.02 if problem == "network" and name != "bptt" else 0.0
     problem, windows, sigma, thetas, _ = PROBLEMS[problem]
@@ -159,8 +159,8 @@ def test_each_window_is_unbiased_before_the_end():
 
 
 def test_truncated_estimators_are_biased_by_the_predicted_amount():
-    """They report (K + 1) / 2 in every window, of (T + 1) / 2: blind to what theta did to
-    s before. Backpropagation does so without any noise, and from one run."""
+    """They report (K + 1) / 2 of (T + 1) / 2 in every window, blind to what theta did to s
+    before. Backpropagation does so without any noise, and from one run."""
     for samples in gradients(TRUNCATED, 0, ONE, 4):
         assert_mean(samples, 2.0)
     grads, state, metrics = history(estimators.truncated_bptt(line(3), 4), KEY, ONE, 6)
@@ -172,8 +172,8 @@ def test_truncated_estimators_are_biased_by_the_predicted_amount():
 @given(seed=seeds, theta=st.floats(0.5, 1.125, width=32))
 @few
 def test_pes_and_noise_reuse_estimate_the_smoothed_gradient(seed, theta):
-    """On s' = theta s, two windows of 2: PES smooths a + a^2 + a^2 b + a^2 b^2 over one
-    perturbation a window, noise reuse a + a^2 + a^3 + a^4 over one for all."""
+    """On s' = theta s with two windows of 2, PES smooths a + a^2 + a^2 b + a^2 b^2 over one
+    perturbation a window. Noise reuse smooths a + a^2 + a^3 + a^4 over one for all."""
     t, v = theta, SIGMA**2
     slopes = 1 + 2 * t + (3 * t**2 + v) + 4 * t * (t**2 + v)
     assert_mean(gradients(GROWTH[pes], seed, ONE * t, 2).mean(0), slopes / 4)
@@ -183,7 +183,7 @@ def test_pes_and_noise_reuse_estimate_the_smoothed_gradient(seed, theta):
 
 # --- the equations and the states, one by one
 def test_antithetic_difference_is_its_formula():
-    """credit (mean of L+ - mean of L-) / (2 sigma^2); equal losses give exactly 0."""
+    """credit (mean of L+ - mean of L-) / (2 sigma^2). Equal losses give exactly 0."""
     rng = np.random.default_rng(0)
     losses, credit = np.float32(rng.normal(size=(2, 5))), np.float32(rng.normal(size=3))
     expected = credit * (losses[0].mean() - losses[1].mean()) / (2 * 0.3**2)
@@ -200,7 +200,7 @@ def test_one_window_makes_all_estimators_es():
 
 
 def test_truncated_es_starts_both_runs_from_the_same_carry():
-    """Within a window the runs of a pair part; the next one rejoins them."""
+    """Within a window the runs of a pair part. The next window rejoins them."""
     _, state, _ = history(TRUNCATED, KEY, ONE, 4)
     first = np.cumsum(3 + 3 * np.asarray(state.xi))
     second = np.append(0, first[:-1]) + 3 - 3 * np.asarray(state.xi)
@@ -231,8 +231,8 @@ def test_pes_credits_all_perturbations_and_a_reset_forgets_them():
 @EACH
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_pairs_share_their_random_numbers(impl, each):
-    """Noise that does not depend on theta cancels exactly: both runs of a pair replay one
-    key, from the same start, whatever kind of key it is."""
+    """Noise that does not depend on theta cancels exactly. Both runs of a pair replay one
+    key from the same start, whatever kind of key it is."""
     step = lambda th, s, key: (s + jax.random.normal(key),) * 2  # noqa: E731
     walk = unroll(jax.random.normal, step, 2)
     many = estimators.population(pes(walk, 2, SIGMA, each), 3, each)
@@ -282,8 +282,8 @@ def test_merged_has_the_reparameterisation_and_the_es_gradient_of_one_pair():
 
 @pytest.mark.parametrize("each", [None, sequential, jax.vmap])
 def test_backpropagation_keeps_one_window_and_one_data_set(each):
-    """T = 400, K = 20: at most 1.3 K/T of the memory that all T steps on tape take, and
-    what every window reads, here 32 MB, is on the tape of none."""
+    """T = 400, K = 20: at most 1.3 K/T of the memory that all T steps on tape take. The
+    32 MB that every window reads are on no tape."""
     data = jax.ShapeDtypeStruct((400, 20_000), jnp.float32)
 
     def bytes_of(make, length):
@@ -395,8 +395,8 @@ def test_merge_is_equation_1(seed, ratio, power):
 @given(seed=seeds, ratio=st.floats(-4, 4))
 @few
 def test_merged_variance_is_near_the_smaller_one(particles, most, seed, ratio):
-    """Over 8,000 weights: at most 1.1 times the better estimator's variance from 8
-    particles on; with 4, where variances are guesses, 1.45 times."""
+    """At most 1.1 times the better estimator's variance from 8 particles on, over 8,000
+    weights. With 4, where variances are guesses, 1.45 times."""
     found, _ = merge(drawn(seed, particles, 10**ratio, mean=0.0, size=8000))
     best = min(1.0, 10**ratio) ** 2 / particles
     assert float((found**2).mean()) < most * best
@@ -404,8 +404,8 @@ def test_merged_variance_is_near_the_smaller_one(particles, most, seed, ratio):
 
 @pytest.mark.parametrize("factor", [0, 1e10, 1e20, 1e37, np.inf, np.nan])
 def test_merge_takes_the_one_that_is_usable(factor):
-    """One estimator 10 to 37 orders noisier, inf or nan, or without any spread at 0 as
-    behind a dead unit: the merge is the other's mean."""
+    """The merge is the other's mean where one estimator is 10 to 37 orders noisier, inf,
+    nan, or 0 without any spread, as behind a dead unit."""
     grads = drawn(0, 4, mean=0.0)
     for name, other in (("bptt", "es"), ("es", "bptt")):
         found, metrics = merge(grads | {name: grads[name] * np.float32(factor)})
@@ -424,8 +424,8 @@ def test_merge_without_any_spread():
 
 
 def test_a_nan_particle_changes_nothing_else():
-    """nan in one weight of one particle of one estimator: that weight is the other's mean,
-    all others are what they were; nan in both: that weight is 0."""
+    """A nan in one particle's weight of one estimator: that weight is the other's mean, and
+    all others are what they were. With nan in both, that weight is 0."""
     grads, rest = drawn(0, 4), np.arange(50) != 7
     clean, _ = merge(grads)
     grads["bptt"][2, 7] = np.nan
@@ -438,7 +438,7 @@ def test_a_nan_particle_changes_nothing_else():
 
 
 def test_mean_of_particles_leaves_the_exploded_out():
-    """nan and inf count for nothing, entry by entry; with none left the entry is 0. The
+    """nan and inf count for nothing, entry by entry. With none left the entry is 0. The
     noise is the standard error of what is left."""
     grads = drawn(0, 4)["es"]
     grads[1, 3], grads[2, 3] = np.nan, np.inf
@@ -453,7 +453,7 @@ def test_mean_of_particles_leaves_the_exploded_out():
 
 @pytest.mark.parametrize("theta, better", [(0.5, "bptt"), (1.6, "es")])
 def test_merged_estimator_is_the_better_one(theta, better):
-    """On s' = theta s with theta < 1 backpropagation is exact; in a rough unroll it is
+    """On s' = theta s with theta < 1 backpropagation is exact. In a rough unroll it is
     not: sin(1000 s) has a slope that only ES averages out."""
 
     def step(theta, s, key):

@@ -180,7 +180,7 @@ def test_moments_and_loss_agree_with_simulation(momentum):
 
 
 def test_equation_8_numbers():
-    """Paper's H, T = 10, alpha = .5: 1.608 with the half, 3.216 as printed."""
+    """The paper's H, T = 10, alpha = .5: 1.608 with the half, 3.216 as printed."""
     u = nominal_plus(np.zeros((2, 2)), 0.5)
     assert expected_loss(u, nqm.paper_model(), 10) == pytest.approx(1.608, abs=5e-4)
 
@@ -365,7 +365,7 @@ def test_limit_loss_in_one_dimension():
 @often
 @given(seeds, st.integers(1, 60))
 def test_lemma_5_repaired_bound_on_powers(seed, k):
-    """Symmetric P: |A^k| <= sqrt(cond H) rho(A)^k. Stable or not."""
+    """Symmetric P, stable or not: |A^t| <= sqrt(cond H) rho(A)^t."""
     h, p, alpha = inside("theorem 1", np.random.default_rng(seed))
     a = system(nominal_plus(2 * p, alpha), h).a
     bound = np.linalg.cond(h) ** 0.5 * spectral_radius(a) ** k
@@ -373,7 +373,7 @@ def test_lemma_5_repaired_bound_on_powers(seed, k):
 
 
 def test_lemma_5_printed_step_is_false():
-    """(A.14) equates |A^k| and rho(A^k). The repaired bound, sqrt(100) rho, is attained."""
+    """(A.14) equates |A^t| and rho(A^t). The repaired bound, sqrt(100) rho, is attained."""
     a = system(np.array([[0.1, -0.1], [-0.1, 1.2]]), H).a
     assert spectral_radius(a) == pytest.approx(0.962, abs=1e-3)
     assert norm(a) == pytest.approx(1.160, abs=1e-3)
@@ -384,7 +384,7 @@ def test_lemma_5_printed_step_is_false():
 
 
 def test_meta_loss_falls_with_the_horizon():
-    """The proof of Lemma 5 begins with L(T) <= L(T + 1); an average need not grow."""
+    """The proof of Lemma 5 begins with L(T) <= L(T + 1). An average need not grow."""
     model = nqm.paper_model()._replace(noise=np.zeros((2, 2)))
     losses = expected_losses(system(0.5 * np.eye(2), H), model, 50)
     by_horizon = np.asarray(losses).cumsum() / np.arange(1, 51)

@@ -1,4 +1,4 @@
-"""What section 5 says of STAR; its fast form; optax; files."""
+"""What section 5 says of STAR, its fast form, its optax adapter, its files."""
 
 import functools
 import pathlib
@@ -83,7 +83,7 @@ def test_update_equals_the_authors_code(case, form):
 
 
 def test_number_of_meta_parameters():
-    """Section 5.2: 197 for small_fc_lopt; STAR adds one head of 5 and no more."""
+    """Section 5.2: 197 for small_fc_lopt. STAR adds one head of 5 and no more."""
     for name, optimizer in star.PRESETS.items():
         theta = jax.eval_shape(optimizer.init_theta, jax.random.key(0))
         expected = 197 if name in ("blackbox", "no_nominal") else 202
@@ -91,7 +91,7 @@ def test_number_of_meta_parameters():
 
 
 def test_untrained_theta():
-    """Weights are normals cut off at 2, over sqrt(fan in); biases and offsets are 0."""
+    """Weights are normals cut off at 2, over sqrt(fan in). Biases and offsets are 0."""
     keys = jax.random.split(jax.random.key(0), 200)
     theta = jax.jit(jax.vmap(star.PRESETS["star"].init_theta))(keys)
     for name in ("w0", "w1", "w2"):
@@ -155,8 +155,8 @@ def test_nominal_terms_against_optax(nominal):
 
 
 def test_nominal_term_overshoots_without_bias_correction():
-    """A constant gradient is stepped along 1.17 x beta1 at first, 2.59 x at t = 15: the
-    authors' running means start at zero uncorrected, a hidden warm-up (and more)."""
+    """Along a constant gradient the step is 1.17 beta1 at first and 2.59 beta1 at t = 15.
+    The authors' means start at zero uncorrected, a hidden warm-up and more."""
     states = states_of(np.ones((2000, 3), np.float32))
     multiplier = -np.asarray(star.step(PAPER, [0.0] * 3, 1.0, states))[:, 0] / 1e-3
     first, peak, last = multiplier[0], multiplier.max(), multiplier[-1]
@@ -186,7 +186,7 @@ def test_rows_are_means_over_the_largest_axis():
 @given(offset=st.floats(-1, 1, width=32))
 @example(offset=0.0)
 def test_decays_shift_on_a_log_scale(offset):
-    """An offset o makes of d the decay 1 - exp(log(1 - d) + 10 o), and 0 leaves d alone.
+    """An offset o makes decay d 1 - exp(log(1 - d) + 10 o), and 0 leaves d alone.
     Hidden states are stable (section 5.1): squares' decays stay between 0 and 1. Here each
     mean is 1 before a gradient of 0, so that it becomes its decay."""
     theta = {name: x + np.float32(offset) for name, x in SILENT.items()}
@@ -216,7 +216,7 @@ def test_adafactor_of_a_vector_has_two_epsilons():
 @given(seed=seeds, exponent=st.floats(-6, 1))
 @settings(max_examples=8)
 def test_fast_form_equals_the_plain_one(name, seed, exponent):
-    """To 1e-5 of the largest update: all ranks and presets, gradients 0 and 1e-6 to 100."""
+    """To 1e-5 of the largest update, on all ranks and presets, gradients 0, 1e-6 to 100."""
     rng, theta = np.random.default_rng(seed), random_theta(seed, star.CONSTANTS[name])
     shapes = EVERY_RANK if name == "star" else [SHAPE]
     params = [np.float32(rng.normal(size=s)) for s in shapes]
@@ -254,7 +254,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(form):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_updates_keep_the_dtype_and_running_means_are_float32(dtype):
-    """Parameters may be of any precision, and Python floats; the running means never.
+    """Parameters may be of any precision, and Python floats. The running means never are.
     Integer and complex parameters raise TypeError."""
     update = star.PRESETS["star"].update
     with jax.enable_x64(dtype == "float64"):
@@ -300,7 +300,7 @@ def run(transform, *grads):
 
 
 def test_adapter_gives_the_optimizers_updates():
-    """star.star(theta) is PRESETS["star"] with theta bound; extra arguments are ignored.
+    """star.star(theta) is PRESETS["star"] with theta bound. It ignores extra arguments.
     The parameter is a feature, so that update without it is a clear error."""
     assert isinstance(TRANSFORM, optax.GradientTransformationExtraArgs)
     state = TRANSFORM.init(PARAMS)
@@ -401,7 +401,7 @@ def test_one_bad_batch_ends_no_training(form, size):
 
 
 def test_the_count_stays_at_the_largest_int32():
-    """As optax's does: time features after 2^31 updates are those of before."""
+    """As in optax: time features after 2^31 updates are those of before."""
     last = np.int32(2**31 - 1)
     state = TRANSFORM.init(PARAMS)._replace(count=jnp.asarray(last))
     updates, state = TRANSFORM.update(GRADS, state, PARAMS)
@@ -441,7 +441,7 @@ def test_wrong_theta_is_named():
 
 @pytest.mark.parametrize("name", star.CONSTANTS)
 def test_theta_survives_its_file(name, tmp_path):
-    """save_theta and load_theta: same bits, same constants; other arrays are passed by."""
+    """save_theta and load_theta: same bits, same constants. Other arrays are skipped."""
     c, path = star.CONSTANTS[name], tmp_path / "theta.npz"
     theta, card = random_theta(0, c), {"constants": c._asdict()}
     star.save_theta(path, theta, card, **{"run/x": np.ones(2)})
@@ -467,8 +467,8 @@ def test_old_cards_load(word, meaning, tmp_path):
 
 
 def test_bad_theta_files_are_one_line_errors(tmp_path):
-    """The programs name text, a cut-off file, a pickle, a foreign npz, other constants and
-    an absent file in one line, and never run code from the file."""
+    """Text, a cut-off file, a pickle, a foreign npz, other constants and an absent file get
+    one line from the programs. They never run code from the file."""
     for i, constants in enumerate(BAD_CONSTANTS):
         star.save_theta(tmp_path / f"{i}.npz", SILENT, {"constants": constants})
     good = (tmp_path / "0.npz").read_bytes()

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and its faults; no test measures a time."""
+"""The benchmark's arithmetic and its faults. No test measures a time."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from experiments import against, bench
 
 
 def test_rounds_are_interleaved_and_the_first_is_not_timed(monkeypatch):
-    """A busy minute slows all calls; compiling on the first call slows none."""
+    """A busy minute slows all calls. Compiling on the first call slows none."""
     clock, order = [0.0], []
     durations = {"a": iter([100.0, 3.0, 2.0]), "b": iter([100.0, 5.0, 7.0])}
 
@@ -54,7 +54,7 @@ def test_faults_are_one_line(line, said, capsys):
 def test_library_that_does_not_import_is_one_line(
     error, expected, tmp_path, monkeypatch
 ):
-    """Its own reason is kept; what else goes wrong, as in JAX, is not put on it."""
+    """Its own reason is kept. Other errors, as in JAX, are not blamed on it."""
     package = tmp_path / "learned_optimization"
     (package / "outer_trainers").mkdir(parents=True)
     (package / "__init__.py").write_text(f"raise {error}('too old')\n")

@@ -42,7 +42,7 @@ def weights_of_windows(kind, meta_steps: int, cycles: int) -> np.ndarray:
 
 
 def test_the_first_cycle_after_a_stagger_overweights_early_windows():
-    """The quarters of the trajectory weigh 7 : 5 : 3 : 1 in the first 16 meta-steps, and
+    """The quarters of the trajectory weigh 7, 5, 3 and 1 in the first 16 meta-steps, and
     alike in the next 16."""
     weights = weights_of_windows(estimators.truncated_bptt, 32, 2)[
         0
@@ -53,8 +53,8 @@ def test_the_first_cycle_after_a_stagger_overweights_early_windows():
 
 
 def test_noise_reuse_has_the_bias_of_the_first_cycle():
-    """A loss that depends on theta in the last quarter alone: the default estimator finds
-    1/16 in the first cycle and 1/4 in the second, within six standard errors."""
+    """The loss depends on theta in the last quarter alone. The default estimator finds 1/16
+    of it in the first cycle and 1/4 in the second, within six standard errors."""
 
     def reuse(problem, windows):
         return estimators.noise_reuse_es(problem, windows, 0.1)
@@ -105,10 +105,10 @@ def test_log_uniform_lengths_give_the_last_window_a_hundredth():
 
 def late_reset(horizon: int, length: int) -> tuple[float, float]:
     """Mean gradients on s' = s + theta, loss s before or after the update, of a PES that
-    resets its sum late: a trajectory's last loss is credited to the newest perturbation
-    alone, which then stays in the sum of the next trajectory. One step of every trajectory
-    is spent on the reset and has no loss. E xi_i xi_j is 0 but for i = j: so a loss counts
-    the perturbations that it is credited to, once for every step taken with them.
+    resets its sum late. It credits a trajectory's last loss to the newest perturbation
+    alone. This perturbation stays in the sum of the next trajectory. The reset takes one
+    step of every trajectory, without a loss. E xi_i xi_j is 0 unless i = j. So a loss counts
+    each perturbation that it is credited to, once for every step taken with it.
     """
     credit, steps, over, found = set(), [], False, []
     for window in range(40 * (horizon + 1)):
@@ -140,8 +140,8 @@ def test_a_late_reset_makes_pes_biased(horizon, length, before, after):
 
 @pytest.mark.heavy
 def test_an_untrained_network_diverges_divided_by_v_and_not_without(small_task):
-    """Section 4.2 calls the division robust to any initialization. beta3 1e-3, three
-    untrained networks, 50 steps on the stand-in: above the first loss, and below it."""
+    """Section 4.2 calls the division robust to any initialization. At beta3 1e-3, three
+    untrained networks end 50 steps on the stand-in above the first loss, and below it."""
     build, data = small_task
     keys = jax.random.split(jax.random.key(0), 3)
     thetas = [star.init_theta(key, star.PAPER) for key in keys]

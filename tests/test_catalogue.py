@@ -1,4 +1,4 @@
-"""All tasks: sizes, first losses, gradients; the networks against plain loops."""
+"""All tasks: sizes, first losses, gradients, and networks against plain loops."""
 
 import itertools
 import math
@@ -71,7 +71,7 @@ def test_list_has_every_task_with_its_size(capsys):
 
 
 def test_suites_are_sixteen_tasks_each():
-    """Every name is in the table; the small suite's stay below half a million."""
+    """Every name is in the table. The small suite's stay below half a million."""
     for names in SUITES.values():
         assert len(set(names)) == 16 and set(names) <= set(TASKS)
     assert max(SIZES[name][0] for name in SUITES["small"]) < 500_000
@@ -79,7 +79,7 @@ def test_suites_are_sixteen_tasks_each():
 
 
 def test_multiply_adds_counts_loops_and_kernels():
-    """A product in a loop of 7 counts 7 times; a convolution by outputs times window."""
+    """A product in a loop of 7 counts 7 times, a convolution outputs times window."""
 
     def f(x, w, kernel):
         x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=7)
@@ -97,9 +97,9 @@ FIRST_LOSS |= dict.fromkeys(("lstm_small", "transformer_small"), math.log(259))
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", SUITES["small"])
 def test_small_task_can_be_trained(name, use_stand_in):
-    """First loss as of a network that knows nothing, exactly so for the ResNet, whose last
-    layer is zero; the limit 1.5 ln(classes), or 1 for squared errors. Adam lowers the loss
-    on eight examples, and every tensor moves."""
+    """The first loss is that of a guess, exactly so for the ResNet, whose last layer is
+    zero. The limit is 1.5 ln(classes), or 1 for squared errors. Adam lowers the loss on
+    eight examples, and every tensor moves."""
     task, data = task_of(name)
     expected = FIRST_LOSS.get(name, math.log(10))
     assert task.loss_limit == pytest.approx(1.5 * expected if expected > 1 else 1)
@@ -132,7 +132,7 @@ def test_split_is_80_10_of_the_training_images(stand_in):
 
 
 def test_batches_depend_on_the_key_alone(small_task):
-    """Same key, same batch; pictures are uint8 / 255 with their own labels."""
+    """Same key, same batch. Pictures are uint8 / 255 with their own labels."""
     build, data = small_task
     (x, y), (x2, y2), (other, _) = batches(build(data, KEY), 3, 3, 4)
     assert (x == x2).all() and (y == y2).all() and (x != other).any()
@@ -143,7 +143,7 @@ def test_batches_depend_on_the_key_alone(small_task):
 
 
 def test_quadratic_is_equation_4():
-    """(phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I); the test loss is its exact mean."""
+    """(phi - xi)' H (phi - xi) / 2 with xi ~ N(0, I). The test loss is its exact mean."""
     task, phi = tasks.quadratic({}, KEY), np.float32([0.7, -1.3])
     xis = jax.vmap(lambda key: task.batch(key, "train"))(jax.random.split(KEY, 20_000))
     losses = jax.vmap(lambda xi: task.loss(phi, KEY, xi))(xis)
@@ -164,7 +164,7 @@ def test_quadratic_is_equation_4():
     ],
 )
 def test_resize_is_bilinear_at_half_pixels(row, expected):
-    """Values worked out by hand, along both axes; channels and images apart."""
+    """Values worked out by hand, along both axes, with channels and images apart."""
     images, size = np.zeros((2, len(row), len(row), 3), np.uint8), len(expected)
     images[1, ..., 2] = row  # changes from left to right
     images[0, ..., 0] = np.asarray(row)[:, None]  # from top to bottom
@@ -209,7 +209,7 @@ def test_cross_entropy_and_accuracy_are_optaxs():
 
 
 def test_squared_errors_are_means_over_everything():
-    """MSE over batch and classes; the autoencoder over batch and pixels."""
+    """MSE over batch and classes, the autoencoder's over batch and pixels."""
     logits, labels = np.array([[1.0, 0.5], [0.0, 2.0]], np.float32), np.array([0, 0])
     assert kinds.squared_error(logits, labels) == pytest.approx((0.25 + 1 + 4) / 4)
     # a logit of -ln 3 is a grey of 1 / 4
@@ -220,7 +220,7 @@ def test_squared_errors_are_means_over_everything():
 
 
 def test_es_gradient_is_unbiased_and_keeps_the_value():
-    """On a quadratic, where smoothing leaves the gradient as it is; six standard errors."""
+    """Within six standard errors on a quadratic, where smoothing changes no gradient."""
     plain = tasks.quadratic({}, KEY)
     task = kinds.es_gradient(plain, pairs=4, sigma=0.1)
     phi, xi = jnp.asarray([0.7, -1.3]), jnp.asarray([0.4, 0.1])
@@ -237,8 +237,8 @@ def test_es_gradient_is_unbiased_and_keeps_the_value():
 
 
 def test_initial_weights_are_cut_at_two_and_not_widened():
-    """Standard deviation 0.88 / sqrt(fan-in), nothing beyond 2 / sqrt(fan-in); inside of
-    the transformer sqrt(2 / (layers fan-in)); embeddings 0.88."""
+    """Standard deviation 0.88 / sqrt(fan-in), nothing beyond 2 / sqrt(fan-in). Inside of
+    the transformer it is sqrt(2 / (layers fan-in)), of embeddings 0.88."""
 
     @jax.jit
     def draw(key):
@@ -264,7 +264,7 @@ def test_initial_weights_are_cut_at_two_and_not_widened():
     "shape, size, stride", [((6, 7), 3, 1), ((7, 8), 4, 2), ((5, 4), 1, 2)]
 )
 def test_convolution_as_a_product_is_the_convolution(shape, size, stride):
-    """Values and both gradients equal XLA's own; so does the pooling."""
+    """Values and both gradients equal XLA's own, and so does the pooling."""
     w = jax.random.normal(KEY, (size, size, 3, 5))
     x = jax.random.normal(jax.random.key(1), (2, *shape, 3))
 
@@ -351,7 +351,7 @@ def test_transformer_is_its_formula():
 
 
 def test_dropout_keeps_the_mean_and_uses_the_key():
-    """A tenth is zero, the rest larger by 10 / 9; the transformer draws by its key."""
+    """A tenth is zero, the rest larger by 10 / 9. The transformer draws by its key."""
     x = networks.dropout_factors(KEY, (200, 200), 0.1)
     assert float((x == 0).mean()) == pytest.approx(0.1, abs=6 * 0.3 / 200)
     assert {round(float(v), 4) for v in np.unique(x)} == {0.0, 1.1111}

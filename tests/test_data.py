@@ -1,4 +1,4 @@
-"""Claims about data.py.  All offline: files are small, and addresses are folders."""
+"""Claims about data.py. All offline: files are small, and addresses are folders."""
 
 import gzip
 import http.client
@@ -125,7 +125,7 @@ def test_stand_in_text_is_pinned_and_rewards_memory():
 
 @EVERY
 def test_stand_in_is_drawn_when_asked_or_with_a_loud_warning(home, capfd, which):
-    """Asked for, it looks at no folder and prints nothing; "real" refuses it."""
+    """Asked for, it looks at no folder and prints nothing. "real" refuses it."""
     row = SMALLS[which][0]
     asked = data.load(row, "stand-in", home / "nowhere")
     assert capfd.readouterr() == ("", "")
@@ -139,7 +139,7 @@ def test_stand_in_is_drawn_when_asked_or_with_a_loud_warning(home, capfd, which)
 
 @EVERY
 def test_files_are_found_where_the_user_points(home, monkeypatch, capfd, which):
-    """In the folder that argument or variable names, or inside; all are read-only."""
+    """In the folder that argument or variable names, or inside. All are read-only."""
     row, packed, arrays = SMALLS[which]
     write(home / "nested" / row.folders[0], packed)
     for mine in (write(home / "plain", packed), home / "nested"):
@@ -217,7 +217,7 @@ def test_cifars_archive_is_verified_and_beats_what_is_unpacked(home):
 
 
 def test_unpacked_cifar_is_called_unverified_counted_or_refused(home):
-    """The name says it, and how many when fewer; cuts and other labels are refused."""
+    """The name says it, and how many if fewer. Cuts and other labels are refused."""
     row, _, arrays = SMALLS["cifar100"]
     files, last, size = bins(row, arrays), row.unpacked[-1], 2 + 3072
     got = data.load(row, "real", write(home, files))
@@ -232,7 +232,7 @@ def test_unpacked_cifar_is_called_unverified_counted_or_refused(home):
 
 
 def test_text_is_all_txt_files_of_a_folder(home):
-    """The first 80 % train, then 10 % validate and 10 % test; too little is refused."""
+    """The first 80 % train, then 10 % validate and 10 % test. Too little is refused."""
     write(home / "text", {"b.txt": b"b" * 10_000, "a.txt": b"a" * 10_000})
     write(home, {"f.txt": b"f", "g.md": b"g"})  # the folder called text comes first
     text = data.text("real", home)
@@ -290,7 +290,7 @@ def test_a_download_lands_in_the_cache_and_is_found_again(home, capfd, which):
 
 
 def test_a_damaged_file_in_the_cache_is_named_with_its_remedy(home):
-    """Whatever was asked for; deleting the file mends it, and takes no other with it."""
+    """Whatever was asked for. Deleting the file mends it, and takes no other with it."""
     cache = home / "cache" / "star" / "fashion-mnist"
     for bad in (PACKED[NAMES[0]][:-9], b"", pack(ARRAYS[0] // 2)):
         write(cache, PACKED | {NAMES[0]: bad})

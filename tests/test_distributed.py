@@ -54,7 +54,7 @@ def test_kill_9_and_resume_give_the_same_bytes(kills, tmp_path):
 
 
 def test_a_second_run_in_the_folder_is_refused(finished, run, tmp_path, capsys):
-    """Begun anew or resumed while the first one runs; the first goes on undisturbed."""
+    """Begun anew or resumed while the first one runs. The first goes on undisturbed."""
     codes = []
 
     def start_another(step):

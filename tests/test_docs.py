@@ -24,7 +24,7 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("[cefst]*/*.py")]
 MODULES = {path.stem: path.relative_to(ROOT) for path in reversed(FILES)}
 any_task = partial(train.parse, known=catalogue.TASKS)
-# What each program makes of its arguments, without the work; nqm.py has little.
+# What each program makes of its arguments, without the work. nqm.py has little.
 PARSERS = {
     "train.py": train.parse,
     "eval.py": evaluation.parse,

@@ -21,12 +21,12 @@ KEY = jax.random.key(0)
 
 
 def copies(h):
-    """p (*P) -> a state (k, *P), h (k,) for every parameter."""
+    """p (*S) -> a state (k, *S), h (k,) for every parameter."""
     return lambda p: jnp.multiply.outer(h, jnp.ones_like(p))
 
 
 def linear_optimizer(a, b, w, d=0.0, start=None) -> lopts.LearnedOptimizer:
-    """h' = A h + b g, u = w'h' + d g, on every parameter by itself; theta is {}."""
+    """h' = A h + b g, u = w'h' + d g, on every parameter by itself. theta is {}."""
 
     def update(theta, g, h, p):
         h = jnp.tensordot(a, h, 1) + jnp.multiply.outer(b, g)
@@ -41,7 +41,7 @@ def read(optimizer, theta=None) -> dynamics.Modes:
 
 
 def updates_of(optimizer, theta=None, steps=12, size=1.0):
-    """All updates (steps, 3, 2) for gradients that do not depend on them; plain loop."""
+    """All updates (steps, 3, 2) for gradients that do not depend on them, in a loop."""
     state, out, update = optimizer.init(PARAMS), [], jax.jit(optimizer.update)
     for t in range(steps):
         grads = size * jnp.sin(3 * PARAMS + t)
@@ -89,7 +89,7 @@ def test_known_modes_are_recovered():
 
 @given(seed=st.integers(0, 2**32 - 1), d=st.floats(-2, 2))
 def test_any_stable_system_is_the_sum_of_its_modes(seed, d):
-    """sum alpha_j beta_j^k is the response of a random system, complex pairs included,
+    """sum alpha_j beta_j^t is the response of a random system, complex pairs included,
     and no choice of modes splits a pair."""
     a, b, w = system(seed)
     modes = dynamics.modes_of(linear(a, b, a.T @ w, w @ b + d))
@@ -107,7 +107,7 @@ def test_any_stable_system_is_the_sum_of_its_modes(seed, d):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_reads_as_itself(nesterov):
-    """Momentum gives its own alpha and beta; Nesterov's: rate * beta, the rate at once."""
+    """Momentum gives its own alpha and beta. Nesterov's: rate * beta, the rate at once."""
     make = partial(optax.sgd, nesterov=nesterov)
     start = dict(learning_rate=0.3, momentum=0.8)
     modes = read(lopts.hand_designed(make, **start), lopts.encode(start))
@@ -184,7 +184,7 @@ def test_heavy_ball_is_the_best_momentum():
 
 
 def test_accumulator_rates_of_the_nominal_term():
-    """STAR's nominal term alone is AggMo over v: alpha_k v = beta1 (1 - beta_k) / 3."""
+    """STAR's nominal term alone is AggMo over v: alpha_j v = beta1 (1 - beta_j) / 3."""
     constants = star.Constants(beta2=0.0, beta3=0.0)
     optimizer = star.learned_optimizer(constants)
     theta = optimizer.init_theta(KEY)
@@ -227,7 +227,7 @@ def test_linear_regression_has_the_stated_spectrum():
 
 
 def test_rosenbrock_and_its_starts():
-    """0 at (1, 1) with slope 0; starts fill (-2, 2) x (-1, 3)."""
+    """0 at (1, 1) with slope 0. Starts fill (-2, 2) x (-1, 3)."""
     task = problems.rosenbrock({}, KEY)
     value, slope = jax.value_and_grad(task.loss)(jnp.ones(2), KEY, ())
     assert value == task.evaluate(jnp.ones(2))["test_loss"] == 0 and (slope == 0).all()
@@ -237,7 +237,7 @@ def test_rosenbrock_and_its_starts():
 
 
 def test_two_moons():
-    """8,577 weights; balanced classes that a line does not part and a circle pair does."""
+    """8,577 weights. A pair of circles parts the balanced classes, a line does not."""
     task = problems.TASKS["two_moons"].build({}, KEY)
     params = task.init(KEY)
     assert sum(x.size for x in jax.tree.leaves(params)) == 8577

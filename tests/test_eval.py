@@ -56,8 +56,8 @@ def tuned(monkeypatch, tmp_path):
 # --- one task
 @pytest.mark.heavy
 def test_eval_writes_its_comparison(use_stand_in, theta, tmp_path, capsys):
-    """Curves, table, JSON and picture; log, table and JSON name the stand-in; momentum,
-    not tuned for it, has the best of eleven learning rates."""
+    """Curves, table, JSON and picture. Log, table and JSON name the stand-in. Momentum, not
+    tuned for it, has the best of eleven learning rates."""
     out, line = tmp_path / "out", "--task fmnist_small --steps 40 --seeds 2"
     assert evaluate(f"{line} --baselines sgdm --theta {theta}", out) == 0
     names = {path.name for path in out.iterdir()}
@@ -82,7 +82,7 @@ def setting(name, steps, checksum=""):
 
 
 def test_shipped_settings_are_used_and_stretched(tuned):
-    """Those of runs as long, else of the longest; a schedule ends with the run."""
+    """Those of runs as long, else of the longest. A schedule ends with the run."""
     assert setting("adam", 50)[0]["name"] == "adam 0.3"
     assert setting("adam", 70)[0]["name"] == "adam 0.03"
     settings, _, theta = setting("nadamw", 50)
@@ -114,7 +114,7 @@ def test_a_rate_is_best_only_between_worse_ones(best):
 
 
 def test_divergence_is_counted_not_averaged():
-    """nan, inf, or an end above the start count as diverged; the mean is of the rest."""
+    """nan, inf, or an end above the start count as diverged. The mean is of the rest."""
     losses = np.ones((4, 400)) * np.linspace(2, 1, 400)
     losses[1, 200] = np.nan
     losses[2] = losses[2, ::-1]
@@ -204,7 +204,7 @@ def test_suite_takes_any_task_of_the_catalogue(tuned, tmp_path):
 
 
 def test_summary_leaves_out_what_diverged():
-    """Geometric means over the tasks where a ratio is known; diverged tasks counted."""
+    """Geometric means over the tasks where a ratio is known. Diverged tasks count."""
 
     def row(task, final, diverged="0/1"):
         row = {"task": task, "optimizer": "x", "diverged": diverged}
@@ -248,7 +248,7 @@ def test_runs_of_a_sweep_are_summed_up(tmp_path):
 
 
 def test_missing_variants_are_named_and_left_out(tmp_path, capsys):
-    """A figure is drawn of two variants or more; of fewer there is nothing to compare."""
+    """A figure is drawn of two variants or more. Fewer leave nothing to compare."""
     for variant, seed in (("blackbox", 0), ("star_wd0.5", 0), ("star_wd0.5", 1)):
         write_run(tmp_path, variant, seed)
     found = star_runs.find_runs(tmp_path, star_runs.MAIN)

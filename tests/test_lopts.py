@@ -44,7 +44,7 @@ def plain_mlp(theta, g, state, param, step):
 
 
 def plain_gru(theta, g, h, param, step):
-    """Cho et al.'s equations, gate by gate: (update, state); 0.1 is the readout's scale."""
+    """Cho et al.'s equations, gate by gate: (update, state). 0.1 is the readout's scale."""
     w, u, b = (np.split(theta[name], 3, -1) for name in "ghb")
     g, h = g[..., None], np.moveaxis(h, 0, -1)
     z, r = (1 / (1 + np.exp(-(g * w[i] + h @ u[i] + b[i]))) for i in range(2))
@@ -70,7 +70,7 @@ def test_networks_equal_a_plain_loop(optimizer, plain):
 
 
 def test_mlp_counts():
-    """16 features and 610 meta-parameters; 11 and 7 features in the ablations."""
+    """16 features and 610 meta-parameters. 11 and 7 features in the ablations."""
     for name, features in (("mlp", 16), ("mlp_no_momentum", 11), ("mlp_no_time", 7)):
         theta = lopts.LEARNED[name].init_theta(KEY)
         assert theta["w0"].shape == (features, 32)
@@ -101,8 +101,8 @@ def test_backpropagation_keeps_features_not_hidden_units():
 
 @pytest.mark.parametrize("scale", [3.0, 1e4])
 def test_mlp_is_blind_to_the_scale_of_gradients(scale):
-    """Features are divided by their root mean square: ten thousand times the gradient,
-    the same step, once 1e-5 in the normalizer is small beside the slowest momentum."""
+    """Features are divided by their root mean square. So ten thousand times the gradient
+    is the same step, once the slowest momentum is large beside the normalizer's 1e-5."""
     optimizer, first = lopts.mlp(), grads_at(0)
     theta, state = optimizer.init_theta(KEY), optimizer.init(PARAMS)
     grads = [jax.tree.map(lambda g, x=x: x * g, first) for x in (1e4, 1e4 * scale)]
@@ -112,7 +112,7 @@ def test_mlp_is_blind_to_the_scale_of_gradients(scale):
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_hand_designed_rules_are_optax(name):
-    """theta is logs of rates and logits of decays; with it optax's optimizer steps."""
+    """theta is logs of rates and logits of decays. With it optax's optimizer steps."""
     settings = {"learning_rate": 0.02, "b1": 0.8, "b2": 0.95, "momentum": 0.7}
     settings = {k: settings[k] for k in lopts.LEARNED[name].init_theta(KEY)}
     make = partial(optax.adam, eps_root=1e-8) if name == "adam" else optax.sgd
@@ -143,7 +143,7 @@ def test_theta_has_a_gradient(name):
 
 @pytest.mark.parametrize("optimizer", lopts.LEARNED.values(), ids=lopts.LEARNED)
 def test_update_compiles_once_and_keeps_its_state(optimizer):
-    """Three calls trace once; shapes, dtypes and weak types of the state stay."""
+    """Three calls trace once. Shapes, dtypes and weak types of the state stay."""
     theta, state = optimizer.init_theta(KEY), optimizer.init(PARAMS)
     update, before = jax.jit(partial(optimizer.update)), jax.tree.map(jax.typeof, state)
     for t in range(3):

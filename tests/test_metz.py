@@ -42,7 +42,7 @@ def float64():
 
 # --- one weight
 def test_toy_has_the_papers_minima():
-    """Minima 0 at w = 0 and -3.12 at 3.569, barrier 8.64 at 1.681; w_0 is left of all."""
+    """Minima 0 at w = 0 and -3.12 at 3.569, barrier 8.64 at 1.681. w_0 is left of all."""
     w = np.array([0, chaos.BARRIER, chaos.GLOBAL_MINIMUM])
     np.testing.assert_allclose(w, [0, 1.681, 3.569], atol=1e-3)
     np.testing.assert_allclose(chaos.toy_loss(w), [0, 8.64, -3.12], atol=0.01)
@@ -98,7 +98,7 @@ def test_appendix_a_slips():
 
 def test_slope_at_the_threshold_grows_by_the_barriers_eigenvalue():
     """From T = 30 on log slope gains, within 1 %, ln of the eigenvalue of one step's
-    Jacobian in (w, m) on the barrier; without momentum that is 1 - alpha l''."""
+    Jacobian in (w, m) on the barrier. Without momentum the eigenvalue is 1 - alpha l''."""
     curvature = float(CURVATURE(chaos.BARRIER))
     for row in (*compute_2abc(1e-3), *compute_9(1e-3)):
         rate, momentum = row["learning_rate_and_momentum_there"]
@@ -112,7 +112,7 @@ def test_slope_at_the_threshold_grows_by_the_barriers_eigenvalue():
 
 
 def test_figure_2abc_momentum_chooses_the_minimum():
-    """Low momentum ends at 0; above the threshold at 3.569; T = 5 has no steep wall."""
+    """Low momentum ends at 0, above the threshold at 3.569. T = 5 has no steep wall."""
     (result,) = compute_2abc(1e-3)
     momentum, w = result["curves"]["theta"], result["curves"]["w"][:, -1]
     threshold = result["threshold"]
@@ -164,7 +164,7 @@ def test_smoothed_of_a_parabola(a, b, c):
 @hypothesis.settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1))
 def test_smoothed_slope_is_bounded_whatever_the_loss(seed):
-    """At most (max - min) / (sigma sqrt(2 pi)); a step function attains it."""
+    """At most (max - min) / (sigma sqrt(2 pi)). A step function attains it."""
     values = np.random.default_rng(seed).standard_cauchy(300)
     assert (np.abs(chaos.smoothed(values, 2e-3)[1]) <= chaos.slope_bound(values)).all()
     step = np.repeat([2.0, 5.0], 500)
@@ -175,7 +175,7 @@ def test_smoothed_slope_is_bounded_whatever_the_loss(seed):
 # --- a network
 @pytest.fixture(scope="module")
 def task(stand_in):
-    """`fmnist_small` on the small stand-in; built once, for its compilations to be kept."""
+    """`fmnist_small` on the small stand-in, built once, so that its programs are kept."""
     data = tasks.split_images(stand_in, tasks.pool_to_8x8)
     return TASKS["fmnist_small"].build(data, KEY)
 
@@ -205,8 +205,8 @@ def plain_loop(task, optimizer, steps):
 @pytest.mark.heavy
 def test_figure_2d_equals_a_plain_adam_loop(task):
     """The highest rate's losses, projected end and held-out loss, by optax in a loop. After
-    one step the sensitivity is the distance travelled, since Adam moves by rate times sign;
-    its share of the distance grows from there."""
+    one step the sensitivity is the distance travelled, since Adam moves by rate times sign.
+    Its share of the distance grows from there."""
     figure = chaos.compute_2d(task, KEY, 12, [1, 3, 6, STEPS])
     losses, start, end, held_out = plain_loop(task, optax.adam(0.1484), STEPS)
     np.testing.assert_allclose(figure["curves"]["loss"][-1], losses, rtol=1e-6)
@@ -232,8 +232,8 @@ def test_outer_loss_counts_steps_and_divergence(task, outer_loss):
 
 
 def test_outer_loss_of_a_relu_network_has_true_steps(outer_loss):
-    """Over 2 steps the mean loss is continuous; over 3 a jump outlives bisection, and the
-    slopes by autodiff on either side of it do not know."""
+    """Over 2 steps the mean loss is continuous. Over 3 a jump outlives bisection, and the
+    slopes by autodiff on either side do not show it."""
     at = jax.jit(jax.vmap(lambda x: jax.jvp(outer_loss, (x,), (jnp.ones_like(x),))))
     low, high = 0.0, 0.7
     for _ in range(9):
@@ -305,8 +305,8 @@ def test_first_window_is_not_truncated():
 
 
 def test_figure_3s_numbers_are_those_of_its_curves():
-    """Paths begin at their start; final rates are geometric means over the seeds; the best
-    rate is the least of the grid, with 1.3 close to divergence the worst."""
+    """Paths begin at their start. Final rates are geometric means over the seeds. The best
+    rate is the least of the grid, and 1.3, close to divergence, the worst."""
     names, starts, rates = ("truncated BPTT", "PES"), (0.1, 0.4), (0.1, 0.4, 0.6, 1.3)
     setting = truncation.Setting(8, 16, (4,), starts, rates, (1, 0, 2), 3, names)
     result = truncation.compute_metz3(tasks.quadratic, {}, setting, SGD)
@@ -323,7 +323,7 @@ def test_figure_3s_numbers_are_those_of_its_curves():
 
 
 def test_adam_is_optax_adam_and_backpropagates_where_a_gradient_is_zero():
-    """eps_root = 1e-16 changes no step by 1e-6 of it; without, the meta-gradient is nan."""
+    """eps_root = 1e-16 changes no step by 1e-6. Without it the meta-gradient is nan."""
 
     def after_two_steps(log_rate, optimizer):
         params = jnp.array([1.0, 2.0])
@@ -396,7 +396,7 @@ def test_unroll_grows_as_told():
 
 
 def test_jitter_varies_the_unroll_within_its_share():
-    """+-20 % of 100 windows: evenly between 80 and 120, by the key; never less than one."""
+    """+-20 % of 100 windows: evenly between 80 and 120, by the key. Never less than one."""
     drawn = jax.vmap(partial(metz.windows_drawn, 100, 0.2))(jax.random.split(KEY, 500))
     assert drawn.min() in (80, 81) and drawn.max() in (119, 120)
     assert abs(float(drawn.mean()) - 100) < 6 * 40 / 12**0.5 / 500**0.5
@@ -405,7 +405,7 @@ def test_jitter_varies_the_unroll_within_its_share():
 
 
 def test_family_of_tasks_draws_its_classes(use_stand_in):
-    """Five classes of ten in an order of their own; labels name the drawn class, and a
+    """Five classes of ten in an order of their own. Labels name the drawn class, and a
     run keeps its member to the end."""
     data, _ = metz.TASKS["fmnist_classes_small"].load()
     build = partial(metz.TASKS["fmnist_classes_small"].build, data)
@@ -434,8 +434,8 @@ BAD_INPUT = {
 
 @pytest.mark.heavy
 def test_algorithm_1_as_a_command(tmp_path, monkeypatch, capsys):
-    """The card of an MLP optimizer and the inner steps of unrolls that grow from one window
-    to two; a theta to go on with; what is wrong in one line, and exit code 2."""
+    """The card is of an MLP optimizer and counts the inner steps of unrolls that grow from
+    one window to two. --init takes its theta. What is wrong is one line and exit code 2."""
     monkeypatch.chdir(tmp_path)
 
     def command(flags):

@@ -123,8 +123,8 @@ for axis_type in (AxisType.Explicit, AxisType.Auto):
 
 @pytest.mark.heavy
 def test_sharded_parameters_keep_their_sharding():
-    """On Explicit and on Auto axes, of any rank, along an axis or two: the same numbers in
-    one compilation, and updates, momenta and mean squares lie where the parameters do."""
+    """On Explicit and Auto axes, of any rank, along an axis or two: the same numbers in one
+    compilation. Updates, momenta and mean squares lie where the parameters do."""
     four = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     flags = {"XLA_FLAGS": four}
     root = pathlib.Path(star.__file__).parent

@@ -15,7 +15,7 @@ FIXED = {"task": "quadratic", "steps": 10, "horizon": 20, "truncation": 5}
 
 
 def test_candidates_share_a_program_unless_its_shape_differs():
-    """Numbers among TRACED are data of one program; the estimator makes another."""
+    """Numbers among TRACED are data of one program. The estimator makes another."""
     candidates = [FIXED, FIXED | {"sigma": 0.1}, FIXED | {"estimator": "pes"}]
     groups = search.groups_of(candidates)
     assert list(groups.values()) == [candidates[:2], candidates[2:]]
@@ -26,7 +26,7 @@ def test_candidates_share_a_program_unless_its_shape_differs():
 
 @pytest.mark.heavy
 def test_a_run_among_many_is_that_of_train_py(tmp_path):
-    """Theta after ten meta-steps, of the second candidate on seed 1; a row for each."""
+    """Theta after ten meta-steps, of the second candidate on seed 1, and a row for each."""
     lines = [FIXED, FIXED | {"sigma": 0.1, "beta3": 1e-4}]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [str(tmp_path / "c.jsonl"), "--task", "quadratic", "--seeds", "2"]

@@ -12,7 +12,7 @@ MODEL = nqm.paper_model()
 
 
 def test_figure_1_interventions_together_stabilize():
-    """Each intervention alone lowers rho and leaves it above 1; all three end below."""
+    """Each intervention alone lowers rho and leaves it above 1. All three end below."""
     result = stability.compute_1(points=11)
     before, after = result["radius_before_after"].T
     assert before == pytest.approx(before[0]) and before[0] > 1
@@ -25,7 +25,7 @@ def test_figure_1_interventions_together_stabilize():
 
 @pytest.mark.heavy
 def test_figure_2a_sampled_and_exact_agree():
-    """4,000 draws are within 15 % of the closed form; nowhere is alpha = 0 the best."""
+    """4,000 draws are within 15 % of the closed form. Nowhere is alpha = 0 the best."""
     result = stability.compute_2a((1, 5, 20), alphas=5, draws=4000)
     exact, sampled = result["exact"], result["variance"]
     # at the ends, A has an eigenvalue +-1 and the tails are heavy

@@ -69,7 +69,7 @@ def test_an_update_is_the_sum_of_two_parts(theta, asked):
 
 
 def test_multiplier_is_that_of_the_nominal_head(theta, asked):
-    """1 without the head; 2 where it says log 2 / beta2 everywhere; else in order. It is
+    """1 without the head, 2 where it says log 2 / beta2 everywhere, else in order. It is
     nan where the gradient was always zero: the nominal step is then 0."""
     silent = learned.without_heads(theta, learned.NOMINAL_MAGNITUDE)
     np.testing.assert_array_equal(taken_apart(silent, asked)[1]["multiplier"], 1)
@@ -102,7 +102,7 @@ def test_cosines_and_norms_are_numpys(theta, asked):
 
 
 def test_groups_are_the_rows_of_star_py(asked):
-    """All 39 in order; momenta and v2 move the features that are named after them."""
+    """All 39 in order. Momenta and v2 move the features that are named after them."""
     rows = np.concatenate([*learned.FEATURES.values()])
     assert rows.tolist() == list(range(39)) and learned.FEATURES["time"][0] == 28
     g, state, p = asked
@@ -118,7 +118,7 @@ def test_groups_are_the_rows_of_star_py(asked):
 
 
 def test_what_is_taken_out_is_zero_and_nothing_else(theta):
-    """All groups one by one are w0 = 0; each part changes the arrays it names."""
+    """All groups one by one are w0 = 0. Each part changes the arrays it names."""
     bare, parts = theta, learned.parts_of_theta(theta)
     for rows in learned.FEATURES.values():
         bare = learned.without_features(bare, rows)
@@ -140,8 +140,8 @@ def test_what_is_taken_out_is_zero_and_nothing_else(theta):
 
 @pytest.mark.heavy
 def test_figure_holds_the_runs_of_inner_training(theta):
-    """The root mean square of updates 1 to 3, in a plain loop; a line per tensor, a dot
-    per seed for each of 13 groups and 6 parts."""
+    """The root mean square of updates 1 to 3, in a plain loop. A line per tensor, and a
+    dot per seed for each of 13 groups and 6 parts."""
     build = TASKS["quadratic"].build
     result = learned.compute_learned(build, {}, OPTIMIZER, theta, 1, 4, 3)
     step, rms = jax.jit(partial(inner_step, partial(build, {}), OPTIMIZER)), []

@@ -39,7 +39,7 @@ def assert_same(theta, other):
 
 
 def test_a_sweep_takes_a_preset():
-    """And other flags; they reach every variant."""
+    """And other flags, which reach every variant."""
     for line, *changed in (
         ("", "doubling", "value", 4),
         ("--preset small --particles 2", "log-uniform", "norm", 2),
@@ -103,7 +103,7 @@ def test_an_interrupted_sweep_with_init_goes_on(swept, tmp_path, monkeypatch):
 
 
 def test_shipped_runs_are_as_they_were(swept, tmp_path):
-    """Theta and card without the machine's paths; rows of the log are means of ten."""
+    """Theta and card without the machine's paths. Rows of the log are means of ten."""
     assert sweep_into(swept, f"--ship {tmp_path}") == 0
     for name in ("hyperparam-seed0", "hyperparam-seed1"):
         theta, card = theta_and_card(swept / name)

@@ -141,8 +141,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(name, finished, run, tmp_path, c
 
 
 def test_init_goes_on_with_the_meta_optimizer(finished, run, tiny, tmp_path):
-    """--init moves theta, AdamW's means and the step count by one small file, and staggers
-    the particles over the horizon of that step. --fresh-meta moves theta alone."""
+    """--init takes theta, AdamW's means and the step count from one small file. It staggers
+    the particles over the horizon of that step. --fresh-meta takes theta alone."""
     init = ["--steps", "14", "--init", str(finished / "theta.npz")]
     recipe, made = train.parse([*TINY, *init]), tiny[1]
     state = train.start_from(recipe, made, {}, train.init_state(recipe, made, {}))

@@ -1,4 +1,4 @@
-"""Hand-designed optimizers against plain loops and optax; searches and their files."""
+"""Hand-designed optimizers against plain loops and optax, searches, and files."""
 
 import math
 import time
@@ -83,13 +83,13 @@ def test_nadamw_is_the_plain_loop(config):
 
 
 def test_nadamw_without_its_additions_is_adam():
-    """No nesterov, no decay; what theta leaves out has values that do nothing."""
+    """No nesterov, no decay. What theta leaves out has values that do nothing."""
     ours = nadamw_trajectory(RATE | as_theta({"nesterov": 0.0, "weight_decay": 0.0}))
     np.testing.assert_allclose(ours, trajectory(ADAM, RATE), rtol=1e-5, atol=1e-6)
 
 
 def test_adam8_is_adam_with_decays_and_penalties():
-    """lr exp(-a s) (1 - b s) on the gradient + l1 sign(p) + l2 p; the rate alone: Adam."""
+    """lr exp(-a s) (1 - b s) on the gradient + l1 sign(p) + l2 p. The rate alone: Adam."""
     theta = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.95, "eps": 1e-3}
     more = {"exponential_decay": 0.05, "linear_decay": 0.06, "l1": 0.2, "l2": 0.3}
     ours = trajectory(tuning.OPTIMIZERS["adam8"], as_theta(theta | more))
@@ -130,7 +130,7 @@ def test_curves_equal_a_plain_loop():
 
 
 def test_curves_report_every_chunk():
-    """report sees the steps done every 500; chunks do not change the curve."""
+    """report sees the steps done every 500. Chunks do not change the curve."""
     seen = []
     whole = quadratic_curves("sgdm", 0.01, steps=1204, report=seen.append).losses
     short = quadratic_curves("sgdm", 0.01, steps=700).losses
@@ -147,7 +147,7 @@ def test_runs_side_by_side_are_those_one_by_one(monkeypatch):
 
 
 def test_ema_is_the_bias_corrected_running_mean():
-    """ema of a constant is the constant; of a step it forgets at the stated rate."""
+    """ema of a constant is the constant. A step it forgets at the stated rate."""
     np.testing.assert_allclose(ema(np.ones(50), 0.98), 1)
     late = ema([0.0] * 200 + [1.0] * 35, 0.98)[-1]
     assert late == pytest.approx(1 - 0.98**35, abs=0.02)
@@ -171,7 +171,7 @@ def test_configurations_are_the_published_ones():
 
 
 def test_nadamw_candidates_are_the_learned_order_then_the_rest():
-    """A budget is a prefix; all 1000 are the seeds 0 to 999, once each."""
+    """A budget is a prefix. All 1000 are the seeds 0 to 999, once each."""
     every = candidates("nadamw", 1000, 50)
     assert every[0] == nadamw_theta(nadamw_config(251), 50)
     assert candidates("nadamw", 7, 50) == every[:7]
@@ -181,7 +181,7 @@ def test_nadamw_candidates_are_the_learned_order_then_the_rest():
 
 
 def test_adam8_candidates_are_fixed_draws_within_their_ranges():
-    """The same for any budget; decays are relative to the length of the run."""
+    """The same for any budget. Decays are relative to the length of the run."""
     many = candidates("adam8", 200, 100)
     assert many[:3] == candidates("adam8", 3, 100)
     for name, low, high in (("eps", 1e-8, 1e-2), ("exponential_decay", 1e-3, 1e-1)):
@@ -195,7 +195,7 @@ def search(optimizer, budget, steps):
 
 
 def test_tuning_finds_the_better_rate_and_drops_the_diverged(monkeypatch):
-    """Of a slow, a good and an unstable rate the good one; the unstable is None."""
+    """Of a slow, a good and an unstable rate the good one. The unstable is None."""
     tried = [{"learning_rate": rate} for rate in (1e-5, 0.02, 100.0)]
     monkeypatch.setattr(tuning, "candidates", lambda *_: tried)
     result = search("sgd", 3, 300)

@@ -38,7 +38,7 @@ for name, card in CARDS.items():
 
 
 def load(name):
-    """(theta, optimizer) of a STAR or a GRU; raises for what is not whole and finite."""
+    """(theta, optimizer) of a STAR or a GRU. Raises for what is not whole and finite."""
     if name.startswith("gru"):
         return lopts.load_theta(SHIPPED[name])
     theta, constants = star.load_theta(SHIPPED[name])
@@ -53,7 +53,7 @@ def recipe_of(command):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_shipped_theta_is_whole(name):
-    """A few KB. The card beside it is equal; its last command gives the recipe on it."""
+    """A few KB. The card beside it is equal. Its last command gives the recipe on it."""
     card, path = CARDS[name], SHIPPED[name]
     assert load(name) and path.stat().st_size < 64 * 1024
     assert card == json.loads(path.with_suffix(".json").read_text())
