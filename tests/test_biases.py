@@ -107,8 +107,8 @@ def late_reset(horizon: int, length: int) -> tuple[float, float]:
     """Mean gradients on s' = s + theta, loss s before or after the update, of a PES that
     resets its sum late. It credits a trajectory's last loss to the newest perturbation
     alone. This perturbation stays in the sum of the next trajectory. The reset takes one
-    step of every trajectory, without a loss. E xi_i xi_j is 0 unless i = j. So a loss counts
-    each perturbation that it is credited to, once for every step taken with it.
+    step of every trajectory, without a loss. E xi_i xi_j is 0 unless i = j. So a loss
+    counts each perturbation that it is credited to, once for every step taken with it.
     """
     credit, steps, over, found = set(), [], False, []
     for window in range(40 * (horizon + 1)):
