@@ -132,7 +132,7 @@ def fetch(data_set: DataSet, name: str, folder: Path) -> Path:
     path, url, digest = folder / name, data_set.address + name, data_set.files[name]
     if path.is_file():
         if md5(path.read_bytes()).hexdigest() != digest:
-            raise DataError(f"{path} is damaged; delete it, and it is downloaded again")
+            raise DataError(f"{path} is damaged. Delete it, and it is downloaded again")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url}", file=sys.stderr)

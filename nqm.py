@@ -318,7 +318,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         "nqm.py", usage=argparse.SUPPRESS, allow_abbrev=False
     )
-    parser.add_argument("--h", default="[[1.11, .596], [.596, .486]]", help="A.30")
+    parser.add_argument("--h", default="[[1.11, .596], [.596, .486]]", help="H, A.30")
     parser.add_argument("--p", default="[[.5, -3], [0, .6]]", help="learned matrix")
     parser.add_argument("--alpha", type=float, default=0.0, help="nominal step")
     args = parser.parse_args(argv)

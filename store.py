@@ -242,12 +242,11 @@ def save_run(folder, recipe, made, about, state, card) -> None:
 
     UserError where theta or AdamW's means have overflowed, so that no file holds them.
     """
-    if not all(
-        np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.meta))
-    ):
+    saved = jax.tree.leaves((state.theta, state.meta))
+    if not all(np.isfinite(x).all() for x in saved):
         raise UserError(
-            f"theta or its AdamW overflowed before meta-step {int(state.step)}; the "
-            "checkpoint is of earlier: begin anew with a lower --meta-lr or --clip"
+            f"theta or its AdamW overflowed before meta-step {int(state.step)}. The "
+            "checkpoint is older. Begin anew with a lower --meta-lr or --clip"
         )
     made_with = np.array(json.dumps(dataclasses.asdict(recipe) | about))
     whole = flatten(state) | {"made_with": made_with}

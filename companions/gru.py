@@ -46,15 +46,15 @@ class Recipe(train.Recipe):
     program: ClassVar[str] = "-m companions.gru"
     presets: ClassVar[dict] = PRESETS
     task: str = train.flag("linear_regression", "inner problem")
-    optimizer: str = train.flag("gru", "meta-trained", choices=tuple(lopts.LEARNED))
-    estimator: str = train.flag("bptt", "of the meta-gradient", choices=("bptt", "es"))
+    optimizer: str = train.flag("gru", "to meta-train", choices=tuple(lopts.LEARNED))
+    estimator: str = train.flag("bptt", "of meta-gradients", choices=("bptt", "es"))
     steps: int = train.flag(2000, "meta-steps")
     sigma: float = train.flag(0.01, "standard deviation of the perturbations of theta")
-    particles: int = train.flag(32, "problems; ES has an antithetic pair on each")
+    particles: int = train.flag(32, "problems. ES has an antithetic pair on each")
     schedule: str = train.flag(
-        "staircase", "of --meta-lr", choices=("staircase", "cosine")
+        "staircase", "fall of --meta-lr", choices=("staircase", "cosine")
     )
-    l2: float = train.flag(1e-5, "adds this times |theta|^2 to the meta-loss")
+    l2: float = train.flag(1e-5, "weight of |theta|^2 in the meta-loss")
     clip: float = train.flag(5.0, "limit of each entry of the meta-gradient")
     clip_by: str = "value"
     weight_decay: float = 0.0

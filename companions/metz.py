@@ -125,7 +125,7 @@ class Recipe(train.Recipe):
     program: ClassVar[str] = "-m companions.metz"
     presets: ClassVar[dict] = {"default": {}}
     task: str = train.flag("fmnist_small", "inner problem")
-    optimizer: str = train.flag("mlp", "meta-trained", choices=tuple(lopts.LEARNED))
+    optimizer: str = train.flag("mlp", "to meta-train", choices=tuple(lopts.LEARNED))
     estimator: str = train.flag("merged", "gradients in use", choices=tuple(MERGES))
     objective: str = train.flag(
         "train",
@@ -136,7 +136,7 @@ class Recipe(train.Recipe):
     sigma: float = train.flag(0.01, "standard deviation of the perturbations of theta")
     particles: int = train.flag(8, "N, antithetic pairs")
     unroll: int = train.flag(1000, "inner steps of the last meta-gradients")
-    growth: str = train.flag("linear", "of the unroll", choices=tuple(GROWTHS))
+    growth: str = train.flag("linear", "how the unroll grows", choices=tuple(GROWTHS))
     jitter: float = train.flag(0.2, "share by which the unroll varies")
     weight_decay: float = 0.0  # the rest is no flag here
     clip_by: str = "value"

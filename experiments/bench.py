@@ -207,13 +207,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--task", default="fmnist", choices=tuple(TASKS), metavar="NAME")
-    add("--particles", type=int, default=4, help="antithetic pairs, two at least")
+    add("--particles", type=int, default=4, help="antithetic pairs, at least 2")
     add("--truncation", type=int, default=50, help="K, inner steps")
     add("--data", default="auto", choices=("real", "stand-in", "auto"))
     add("--data-dir", help="folder that holds the data set")
     add("--out", default="runs/bench", help="folder for bench.json")
     add("--quick", action="store_true", help="fewer rounds and sizes")
-    add("--against", metavar="FOLDER", help="of the authors' code; see against.py")
+    add("--against", metavar="FOLDER", help="with the authors' code (against.py)")
     args = parser.parse_args(argv)
     if args.particles < 2 or args.truncation < 1:
         raise UserError("--particles must be at least 2 and --truncation at least 1")

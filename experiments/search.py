@@ -96,10 +96,8 @@ def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
         if done % 100 == 0:
             median = np.median(losses)  # waits for the device
             rate = done / (time.perf_counter() - begin)
-            line = (
-                f"{done}/{steps}  {len(losses)} runs, {rate:.2f} meta-steps/s of each"
-            )
-            print(f"{line}, median meta-loss {median:.3f}", flush=True)
+            line = f"{done}/{steps}  {len(losses)} runs, {rate:.2f} meta-steps/s of "
+            print(f"{line}each, median meta-loss {median:.3f}", flush=True)
     return state.theta
 
 
@@ -121,11 +119,11 @@ def evaluate(thetas: list, data, build, steps: int, seeds: int) -> np.ndarray:
 def parse(argv=None):
     parser = store.Arguments("experiments.search", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("candidates", help="file with a JSON object a line")
+    add("candidates", help="file with one JSON object a line")
     add("--task", default="fmnist_small", choices=tuple(TASKS), metavar="NAME")
     add("--seeds", type=int, default=3, help="meta-seeds of each candidate")
     add("--fresh", type=int, default=3, help="fresh networks that each theta trains")
-    add("--seconds", type=float, default=np.inf, help="when to begin no other program")
+    add("--seconds", type=float, default=np.inf, help="begin no program after these")
     add("--data", default="auto", choices=("real", "stand-in", "auto"))
     add("--data-dir", help="folder that holds the data set")
     add("--out", default="runs/search", help="folder of the results")
@@ -172,9 +170,8 @@ def main(argv=None) -> int:
     device = jax.devices()[0].device_kind
     store.save_json(folder / "results.json", about | {"device": device, "rows": rows})
     for row in rows:
-        print(
-            f"{np.mean(row['loss']):.4f}  {row['loss']}  {json.dumps(row['candidate'])}"
-        )
+        mean, text = np.mean(row["loss"]), json.dumps(row["candidate"])
+        print(f"{mean:.4f}  {row['loss']}  {text}")
     return 0
 
 

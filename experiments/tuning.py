@@ -242,16 +242,16 @@ def line(result: dict) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--suite", default="small", choices=tuple(SUITES), help="of tasks")
+    add("--suite", default="small", choices=tuple(SUITES), help="suite of tasks")
     add("--task", action="append", choices=tuple(TASKS), metavar="NAME", help="instead")
     add("--steps", type=int, default=2000, help="inner steps (default 2000)")
     text = f"comma-separated, of {', '.join(OPTIMIZERS)}"
     add("--optimizers", default="adam,nadamw", help=text)
     add("--nadamw", type=int, default=10, help="candidates where no grid is searched")
-    add("--seed", type=int, default=0, help="of the parameters and batches (default 0)")
+    add("--seed", type=int, default=0, help="of parameters and batches (default 0)")
     add("--data", default="auto", choices=("real", "stand-in", "auto"))
     add("--data-dir", help="folder that holds the data sets")
-    add("--out", default="runs/tuned.json", help="default runs/tuned.json")
+    add("--out", default="runs/tuned.json", help="file (default runs/tuned.json)")
     args = parser.parse_args(argv)
     args.task = args.task or SUITES[args.suite]
     args.optimizers = args.optimizers.split(",")
@@ -259,7 +259,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name not in OPTIMIZERS:
             raise UserError(f"unknown optimizer {name!r}: {text}")
     if args.steps < 1 or args.seed < 0 or not 1 <= args.nadamw <= NADAMW_CONFIGURATIONS:
-        raise UserError("--steps from 1, --seed from 0, --nadamw in 1 .. 1000")
+        raise UserError("--steps must be over 0, --seed 0 or more, --nadamw 1 to 1000")
     return args
 
 

@@ -44,9 +44,8 @@ def weights_of_windows(kind, meta_steps: int, cycles: int) -> np.ndarray:
 def test_the_first_cycle_after_a_stagger_overweights_early_windows():
     """The quarters of the trajectory weigh 7, 5, 3 and 1 in the first 16 meta-steps, and
     alike in the next 16."""
-    weights = weights_of_windows(estimators.truncated_bptt, 32, 2)[
-        0
-    ]  # no sampling in it
+    # Backpropagation samples nothing.
+    weights = weights_of_windows(estimators.truncated_bptt, 32, 2)[0]
     first, second = weights.reshape(2, 4, 4).sum(-1)
     np.testing.assert_allclose(first, np.array([7, 5, 3, 1]) / 16, rtol=1e-6)
     np.testing.assert_allclose(second, 1 / 4, rtol=1e-6)
@@ -90,9 +89,8 @@ def test_log_uniform_lengths_give_the_last_window_a_hundredth():
     share = weight / weight.sum()
     assert share[:4].sum() == pytest.approx(0.260, abs=5e-4)
     assert share[20:].sum() == pytest.approx(0.175, abs=5e-4)
-    assert weight.sum() == pytest.approx(
-        15.4, abs=0.05
-    )  # windows of the mean trajectory
+    # The windows of the mean trajectory.
+    assert weight.sum() == pytest.approx(15.4, abs=0.05)
 
     state = estimators.Pair(carry=(), xi=(), xi_sum=(), window=jnp.int32(1))
     begun = estimators.Estimator(None, lambda key, theta, state: (0.0, state, {}))

@@ -294,7 +294,7 @@ def test_a_damaged_file_in_the_cache_is_named_with_its_remedy(home):
     cache = home / "cache" / "star" / "fashion-mnist"
     for bad in (PACKED[NAMES[0]][:-9], b"", pack(ARRAYS[0] // 2)):
         write(cache, PACKED | {NAMES[0]: bad})
-        assert f"{cache / NAMES[0]} is damaged; delete it" in refusal(FMNIST, "auto")
+        assert f"{cache / NAMES[0]} is damaged. Delete it" in refusal(FMNIST, "auto")
     (cache / NAMES[0]).unlink()
     row = site(FMNIST, home / "site", {NAMES[0]: PACKED[NAMES[0]]})
     assert holds(data.load(row, "real"), ARRAYS)
