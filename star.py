@@ -36,7 +36,7 @@ class Constants(NamedTuple):
     beta2: Any = 1e-3  # how strongly m_g scales it
     beta3: Any = 1e-3  # size of the blackbox step
     beta4: Any = 1e-3  # how strongly m_b scales it
-    nominal: str = "adam_aggmo"  # a name in NOMINAL; "none" drops the third head too
+    nominal: str = "adam_aggmo"  # a name in NOMINAL, or "none", without the third head
     preconditioner: bool = True  # False: the blackbox step is not divided by v
     # v = sqrt(mean squared gradient + floor). Each term has a floor of its own. The paper
     # and the authors' code have one for both.

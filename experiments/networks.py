@@ -95,7 +95,7 @@ def resnet(shape, outputs, channels=(128, 256, 512, 512), first=5) -> Network:
     """A pre-activation residual network with one bottleneck block for each of channels.
 
     He et al. 2016b: a block adds y to a shortcut s, both of a = relu(norm(x)),
-        s = 1x1 convolution / stride,  y = 1x1, 3x3 / stride, 1x1 convolutions,
+        s = 1x1 convolution / stride,  y = 1x1, 3x3 / stride, 1x1 convolutions.
     Norm and relu stand between those of y, which have a quarter of the channels. Strides
     are 1, 2, 2, ... In front are a convolution of size `first` and stride 2 to 64 channels
     and a pooling of stride 2. Norms are batch norms, and there are no biases. The last
