@@ -141,12 +141,16 @@ def draw(figure: Figure, result: dict) -> None:
     )
 
 
-def main(argv=None) -> int:
+def parse(argv=None):
     parser = store.Arguments("experiments.beta3", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="auto", choices=("real", "stand-in", "auto"))
     parser.add_argument("--data-dir", help="folder that holds the data sets")
     parser.add_argument("--out", default="runs/beta3", help="folder of the results")
-    args, result = parser.parse_args(argv), {}
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args, result = parse(argv), {}
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     for name in NETWORKS:

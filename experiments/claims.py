@@ -42,7 +42,7 @@ STAR, fig. 2c | A poor alpha can need 100 times as many
 STAR, fig. 2c | A poor alpha can fail to train
     | holds here but only when P starts at random | arrived
 
-recipes.md#what-makes-meta-training-start-beta3
+recipes.md#what-bounds-beta3
 STAR, B.2 | STAR meta-trains with all betas 1e-3
     | does not hold here | paper_beta3
 
@@ -157,6 +157,12 @@ SEARCH = f"{RESULTS}/search_fmnist.json"
 RUN_SEARCH = "python -m experiments.search FILE --task fmnist"
 COMMANDS = {SEARCH: RUN_SEARCH}  # of files that do not have it
 COMMANDS |= {f"{RESULTS}/search_fmnist_64_pairs.json": RUN_SEARCH}
+for task in ("fmnist_small", "mnist_small"):
+    COMMANDS[f"{RESULTS}/beta3_{task}.json"] = (
+        f"python -m experiments.search FILE --task {task} --seeds 2"
+    )
+COMMANDS[f"{RESULTS}/beta3.json"] = "python -m experiments.beta3"
+COMMANDS[f"{RESULTS}/floor.json"] = "python -m experiments.floor"
 
 
 def show(x: float) -> str:

@@ -51,7 +51,7 @@ def of_task(name: str, args) -> dict:
     return about | {"last_200": means, "std": spread, "steps": args.steps}
 
 
-def main(argv=None) -> int:
+def parse(argv=None):
     parser = store.Arguments("experiments.floor", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=DEFAULT, help="default %(default)s")
     parser.add_argument("--steps", type=int, default=2000, help="default 2000")
@@ -59,7 +59,11 @@ def main(argv=None) -> int:
     parser.add_argument("--data", default="auto", choices=("real", "stand-in", "auto"))
     parser.add_argument("--data-dir", help="folder that holds the data sets")
     parser.add_argument("--out", default="runs/floor.json", help="default %(default)s")
-    args, result = parser.parse_args(argv), {}
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args, result = parse(argv), {}
     for name in args.tasks.split(","):
         result[name] = of_task(name, args)
         print(name, json.dumps(result[name]["last_200"]), flush=True)

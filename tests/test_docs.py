@@ -15,7 +15,17 @@ import eval as evaluation
 import nqm
 import train
 from companions import gru, metz
-from experiments import bench, catalogue, search, suite, sweep, tuning
+from experiments import (
+    beta3,
+    bench,
+    catalogue,
+    claims,
+    floor,
+    search,
+    suite,
+    sweep,
+    tuning,
+)
 from figures import __main__ as figures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,7 +45,10 @@ PARSERS = {
     "experiments.search": search.parse,
     "experiments.sweep": lambda argv: any_task(sweep.parse(argv)[1]),
     "experiments.tuning": tuning.parse,
+    "experiments.beta3": beta3.parse,
     "experiments.bench": bench.parse,
+    "experiments.claims": lambda argv: argv and claims.page(),
+    "experiments.floor": floor.parse,
     "experiments.catalogue": lambda argv: argv and pytest.fail("it has no flags"),
     "companions.gru": partial(any_task, kind=gru.Recipe),
     "companions.metz": partial(any_task, kind=metz.Recipe),
