@@ -16,8 +16,8 @@ import nqm
 import train
 from companions import gru, metz
 from experiments import (
-    beta3,
     bench,
+    beta3,
     catalogue,
     claims,
     floor,
@@ -171,7 +171,8 @@ def test_every_link_and_path_exists():
     named = r"`((?:weights|docs|tests|experiments|companions|figures)/[\w./-]*)`"
     found = [ROOT / path for path in re.findall(named, TEXT)]
     for page in PAGES:
-        links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        links = re.findall(r"\]\((?!http)([^)#]+)", text)
         found += [page.parent / link for link in links]
     missing = [path for path in found if not path.exists()]
     assert len(found) > 10 and not missing
@@ -184,3 +185,26 @@ def test_the_house_is_small():
     code = "import sys, train; print(*(str(m) for m in [*sys.modules.values()]))"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert 3 < sum(f"'{path}'" in loaded for path in FILES) <= 9
+
+
+def sentences(page: pathlib.Path) -> list[str]:
+    """Without code. A cell of a table, a heading and an item of a list end one, too."""
+    text = re.sub(r"```.*?```|^    .*$", "", page.read_text(), flags=re.M | re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " x ", text)
+    text = re.sub(r"^ *([-*#>]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
+    parts = re.split(r"\n\n|\||[.!?]\)?\*{0,2}\s", text)
+    return [part for part in parts if re.search(r"[a-z]", part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_sentence_is_longer_than_forty_words(page):
+    """And half of them have at most eighteen."""
+    words = [len(re.findall(r"[\w']*[a-zA-Z]\w*", x)) for x in sentences(page)]
+    longest = sentences(page)[max(range(len(words)), key=words.__getitem__)]
+    assert max(words) <= 40, longest
+    assert sorted(words)[len(words) // 2] <= 18
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150 and len(text.split()) <= 1200
