@@ -118,8 +118,8 @@ def compiler_options() -> dict:
 def use_every_core() -> None:
     """One CPU device a core, if JAX has not begun. `free_devices` shares particles out.
 
-    XLA splits one small product over all cores, and gains little. Cores with particles of
-    their own share nothing, so two cores make twice the inner steps a second.
+    XLA can split each small product over all cores. Cores with particles of their own make
+    more inner steps a second, 1.3 times as many where there are two.
     """
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -79,7 +79,7 @@ class Recipe:
     optimizer: str = flag("star_small_beta3", "meta-trained", choices=[*star.CONSTANTS])
     beta3: float | None = flag(None, "size of the blackbox step; None: the optimizer's")
     estimator: str = flag("noise_reuse", "of the meta-gradient", choices=[*ESTIMATORS])
-    steps: int = flag(500, "meta-steps")
+    steps: int = flag(850, "meta-steps")
     particles: int = flag(4, "N, antithetic pairs")
     horizon: int = flag(2000, "T, inner steps of a trajectory")
     truncation: int = flag(50, "K, inner steps of a window; divides T")

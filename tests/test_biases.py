@@ -65,13 +65,13 @@ def test_noise_reuse_has_the_bias_of_the_first_cycle():
 
 
 def test_the_default_recipe_begins_100_meta_steps_anew():
-    """Five staggers, at meta-steps 0, 63, 125, 188, 250 of 500, for 4 to 40 windows: their
+    """Five staggers, at meta-steps 0, 107, 213, 319, 425 of 850, for 4 to 40 windows. Their
     first cycles take 100 meta-steps together."""
     recipe = train.parse([])
     steps = np.arange(recipe.steps)
     windows = np.asarray(jax.vmap(lambda step: train.windows_at(recipe, step))(steps))
     begun = [0, *np.flatnonzero(np.diff(windows)) + 1]
-    assert begun == [0, 63, 125, 188, 250] and recipe.steps == 500
+    assert begun == [0, 107, 213, 319, 425] and recipe.steps == 850
     assert windows[begun].tolist() == [4, 8, 16, 32, 40]
     assert windows[begun].sum() == 100 and recipe.particles == 4
 
