@@ -1,4 +1,4 @@
-"""What a learned optimizer is compared with: hand-designed ones, and training curves.
+"""What a learned optimizer is compared with, training curves, and how they are drawn.
 
 A hand-designed optimizer has the three functions of a learned one, with its
 hyperparameters as theta. So the same code trains with both, and a search over learning
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
+import matplotlib
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 from devices import compiler_options, each
 from estimators import clip_loss
@@ -227,25 +228,80 @@ def best_rate(losses_of: Callable) -> tuple[float, float]:
     return LEARNING_RATES[best], float(tried[best])
 
 
-def draw_meta_training(rows: np.ndarray, card: dict) -> Any:
-    """A figure: the meta-loss, (meta-steps, 2), with the losses on the card for scale."""
-    steps, losses = rows.T
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, "C0", alpha=0.25, lw=0.7)
-    axes.plot(steps, ema(losses, 0.95), "C0", label="meta-loss (EMA 0.95)")
-    names = {"fresh": "theta on fresh seeds", "untrained": "untrained"}
+# --- how figures look
+WIDTH = 7.2  # inches, of every figure
+LEGEND = {"loc": "outside lower center", "ncols": 3}  # one for all panels
+STYLE = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
+STYLE |= dict.fromkeys(("font.size", "axes.titlesize", "figure.labelsize"), 9)
+STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+STYLE |= {"figure.titlesize": 10, "lines.linewidth": 1.3, "lines.markersize": 5}
+STYLE |= {"axes.formatter.min_exponent": 3}  # 0.3, not 3 x 10^-1
+matplotlib.rcParams.update({"figure.constrained_layout.use": True} | STYLE)
+COLORS = {  # of an optimizer, which is named as legends name it, in every figure
+    "": "k",  # of all others
+    "STAR": "#2171b5",
+    "STAR, decay 0": "#a5cdea",
+    "STAR, decay 0.1": "#4fa3e0",
+    "STAR, decay 0.5": "#0b559f",
+    "STAR, decay 1": "#041c3d",
+    "blackbox": "#d62728",
+    "hyperparam": "#2ca02c",
+    "no nominal term": "#9467bd",
+    "no preconditioner": "#c2549d",
+    "no preconditioner, beta3 1e-3": "#f2a9cf",
+    "Adam": "#ff7f0e",
+    "NAdamW": "#8c564b",
+    "momentum": "#7f7f7f",
+    "RMSProp": "#bcbd22",
+    "GRU": "#17a2b8",
+}
+WORDS = {"adam": "Adam", "nadamw": "NAdamW", "sgdm": "momentum", "star": "STAR"}
+WORDS |= {"no_nominal": "no nominal term", "no_preconditioner": "no preconditioner"}
+
+
+def color_of(label: str) -> str:
+    """The colour of the optimizer that a legend's label begins with."""
+    return COLORS[max(filter(label.startswith, COLORS), key=len)]
+
+
+def counted_seeds(number: Any) -> str:
+    """1 seed, 3 seeds, 1 to 3 seeds."""
+    return f"{number} seed{'s' * (str(number) != '1')}"
+
+
+def words_of(card: dict) -> str:
+    """The optimizer of a card as legends have it, such as STAR, decay 0.5."""
+    name = card.get("optimizer", "star").removesuffix("_small_beta3")
+    decay = card.get("recipe", {}).get("weight_decay")
+    shown = name == "star" and decay is not None
+    return WORDS.get(name, name) + (f", decay {decay:g}" if shown else "")
+
+
+def draw_band(axes: Any, x: np.ndarray, lines: np.ndarray, label: str, **style) -> None:
+    """The mean of lines (n, points) and the band from the lowest to the highest."""
+    color = color_of(label)
+    axes.plot(x, lines.mean(0), color=color, label=label, **style)
+    axes.fill_between(x, lines.min(0), lines.max(0), color=color, alpha=0.2, lw=0)
+
+
+def draw_meta_training(rows: np.ndarray, card: dict) -> Figure:
+    """The meta-loss, (meta-steps, 2), with the losses on the card for scale."""
+    (steps, losses), name = rows.T, words_of(card)
+    figure = Figure(figsize=(WIDTH, 3.8))
+    axes, color = figure.subplots(), color_of(name)
+    axes.plot(steps, losses, color=color, alpha=0.25, lw=0.7)
+    axes.plot(steps, ema(losses, 0.95), color=color, label="meta-loss (EMA 0.95)")
+    names = {"fresh": f"{name}, on fresh seeds", "untrained": "untrained"}
     names |= {"nominal": "nominal term alone", "adam": "Adam, best rate"}
-    lines = [
-        (name, card[f"{k}_loss"]) for k, name in names.items() if f"{k}_loss" in card
-    ]
-    for i, (name, value) in enumerate(lines, 1):
-        axes.axhline(value, color=f"C{i}", ls="--", lw=1, label=f"{name}: {value:.3f}")
-    low, high = np.percentile([*losses, *(value for _, value in lines)], [0, 97])
+    lines = {v: card[f"{k}_loss"] for k, v in names.items() if f"{k}_loss" in card}
+    for (name, value), ls in zip(lines.items(), ("--", ":", "-.", "--"), strict=False):
+        style = dict(color=color_of(name), ls=ls, lw=1)
+        axes.axhline(value, **style, label=f"{name}: {value:.3f}")
+    low, high = np.percentile([*losses, *lines.values()], [0, 97])
     axes.set(
         xlabel="meta-steps",
         ylabel="mean training loss of the unrolls (nats)",
-        title=f"{card['optimizer']}, {card['task']}\n{card['dataset']}",
+        title=f"{words_of(card)}: meta-training on {card['task']}\n{card['dataset']}",
         ylim=(0.97 * low, 1.05 * high),
     )
     axes.legend()

@@ -16,14 +16,25 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 import star
 import star_fast
 import store
-from baselines import BASELINES, LEARNING_RATES, Curves, as_theta, curves, ema
+from baselines import (
+    BASELINES,
+    LEARNING_RATES,
+    WIDTH,
+    WORDS,
+    Curves,
+    as_theta,
+    counted_seeds,
+    curves,
+    draw_band,
+    ema,
+    words_of,
+)
 from tasks import TASKS
 
 WEIGHTS = pathlib.Path(__file__).resolve().with_name("weights")
@@ -49,6 +60,7 @@ def trained(path: str | pathlib.Path) -> tuple[dict, star.LearnedOptimizer, dict
     name = f"{card.get('optimizer', 'star')} ({stem})"
     horizon = card.get("recipe", {}).get("horizon")  # inner steps of its meta-training
     settings = {"name": name, "optimizer": name, "horizon": horizon}
+    settings["label"] = words_of(card)  # in legends
     return settings, star_fast.learned_optimizer(constants), theta
 
 
@@ -84,6 +96,8 @@ def baseline(name: str, task: str, steps: int, build: Callable, data: Any, about
     theta = best["theta"]
     label = f"{name} {theta['learning_rate']:g}" if len(theta) == 1 else name
     settings = {"name": label, "optimizer": name, "tuned": best}
+    rate = np.format_float_scientific(theta["learning_rate"], trim="-", exp_digits=1)
+    settings["label"] = WORDS[name] + (f" {rate}" if len(theta) == 1 else ", tuned")
     theta = as_theta(theta | {"steps": steps} if "steps" in theta else theta)
     return settings, BASELINES[name], theta
 
@@ -179,7 +193,7 @@ def save(folder: pathlib.Path, asked: dict, entries: list[Entry], about: dict) -
     table = np.column_stack([np.arange(1, losses.shape[1] + 1), losses.T])
     store.write_csv(folder / "curves.csv", ["step", *names], table)
     save_table(folder / "table.csv", [entry.row for entry in entries])
-    title = f"{asked['task']}, seeds: {len(seeds)}\n{about['dataset']}"
+    title = f"{asked['task']}, {counted_seeds(len(seeds))}\n{about['dataset']}"
     store.draw_figure(folder / "curves.png", figure_of, entries, title)
     described = [{"row": entry.row, "settings": entry.settings} for entry in entries]
     results = {"arguments": asked, **about, "entries": described}
@@ -187,11 +201,11 @@ def save(folder: pathlib.Path, asked: dict, entries: list[Entry], about: dict) -
 
 
 def figure_of(entries: list[Entry], title: str) -> Figure:
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.subplots()
     draw(axes, entries, title)
     axes.set(xlabel="inner steps", ylabel="training loss (nats, EMA 0.98)")
-    axes.legend(fontsize=8)
+    axes.legend()
     return figure
 
 
@@ -200,24 +214,32 @@ def limit_y(axes: Any, lines: list[np.ndarray], top: float = 99.5) -> None:
     late = np.concatenate([v[..., v.shape[-1] // 50 :].ravel() for v in lines])
     late = late[np.isfinite(late) & (late > 1e-4)]
     axes.set(yscale="log")
-    matplotlib.rcParams["axes.formatter.min_exponent"] = 3  # 0.3, not 3 x 10^-1
     if late.size:
         axes.set_ylim(0.9 * late.min(), 1.1 * np.percentile(late, top))
 
 
 def draw(axes: Any, entries: list[Entry], title: str) -> None:
-    """Training curves on one task: EMA 0.98, a band over the seeds; horizons dashed."""
+    """Training curves on one task: EMA 0.98, a band over the seeds; horizons dotted."""
     smooth = [ema(entry.losses, SMOOTHING) for entry in entries]
     x = np.arange(1, smooth[0].shape[1] + 1)
+    labels = [entry.settings["label"] for entry in entries]
     for i, (entry, lines) in enumerate(zip(entries, smooth, strict=True)):
-        axes.plot(x, lines.mean(0), f"C{i}", label=entry.settings["name"], lw=1.3)
-        axes.fill_between(x, lines.min(0), lines.max(0), color=f"C{i}", alpha=0.2, lw=0)
-        if (horizon := entry.settings.get("horizon") or np.inf) <= len(x):
-            axes.axvline(horizon, color="k", ls="--", lw=1)
+        label, alike = labels[i], labels[:i].count(labels[i])  # alike: of one color
+        if labels.count(label) > 1:
+            label += f" {entry.settings['name'].partition(' ')[2]}"
+        draw_band(axes, x, lines, label, ls=("-", "--", "-.", ":")[alike % 4])
+    draw_horizons(axes, {entry.settings.get("horizon") for entry in entries}, len(x))
     limit_y(axes, smooth)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title)
     if len(x) > 5000:
         axes.set(xscale="log", xlim=(100, 1.05 * len(x)))
+
+
+def draw_horizons(axes: Any, horizons: set, steps: int) -> None:
+    """A dotted line at the length of each meta-training that is below `steps`."""
+    for horizon in sorted(n for n in horizons if n and n < steps):
+        label = f"horizon of meta-training, {horizon}"
+        axes.axvline(horizon, color="k", ls=":", lw=1, label=label)
 
 
 def parse(argv: Any = None, names: Iterable[str] = TASKS, doc: str = __doc__):

@@ -1,9 +1,9 @@
 """The comparison of eval.py on sixteen tasks: python -m experiments.suite --task small
 
 Or on `full`, or on any one task of the catalogue. Each task's files are in a folder of
-their own. A task that was finished with the same arguments is read, not run again, so that
-the same command goes on where a suite was interrupted. Then follow a table of all tasks,
-its summary, and overview.png.
+their own. A task that was finished with the same arguments is read, not run again. So the
+same command goes on where a suite was interrupted. Then follow a table of all tasks, its
+summary, and overview.png.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 
 import eval as evaluation
 import store
+from baselines import LEGEND, WIDTH, WORDS, counted_seeds
 from experiments.catalogue import SUITES, TASKS
 
-COLUMNS = 4  # of the overview
+COLUMNS = 4  # of the overview, at most
 
 
 def on_tasks(
@@ -31,8 +32,8 @@ def on_tasks(
     paths: Sequence[Any],
     folder: pathlib.Path,
 ) -> dict:
-    """{task: (entries, about the data)}: thetas of these files and baselines, as `args`
-    has them, each task's files in folder / task."""
+    """{task: (entries, about the data)} of the thetas in these files and of baselines, as
+    `args` has them. Each task's files are in folder / task."""
     thetas = [evaluation.trained(path) for path in paths]
     digests = [hashlib.sha256(pathlib.Path(p).read_bytes()).hexdigest() for p in paths]
     same = ("steps", "seeds", "baselines", "data", "data_dir")
@@ -71,8 +72,8 @@ def saved(folder: pathlib.Path, asked: dict) -> tuple | None:
 
 
 def summary(table: list[dict]) -> list[dict]:
-    """A line for each optimizer: on how many tasks a run diverged, and its final losses
-    over Adam's and NAdamW's, the geometric mean over the tasks where neither diverged."""
+    """A line for each optimizer. It says on how many tasks a run diverged. Final losses
+    over Adam's and NAdamW's are geometric means over the tasks where neither diverged."""
     lines = []
     for name in dict.fromkeys(line["optimizer"] for line in table):
         own = [line for line in table if line["optimizer"] == name]
@@ -88,30 +89,40 @@ def summary(table: list[dict]) -> list[dict]:
     return lines
 
 
-def panels_size(number: int) -> tuple[float, float]:
-    return 3.2 * min(COLUMNS, number), 2.6 * -(-number // COLUMNS) + 0.6
+def grid_of(number: int) -> tuple[int, int]:
+    """Rows and columns of as many panels."""
+    columns = min(COLUMNS, -(-number // 2))
+    return -(-number // columns), columns
+
+
+def height_of(number: int) -> float:
+    """Inches of a figure of as many panels."""
+    rows, columns = grid_of(number)
+    return rows * (0.7 + 4 / columns) + 0.9
 
 
 def draw_tasks(figure: Any, results: dict) -> None:
     """A panel a task, one legend for all."""
-    columns = min(COLUMNS, len(results))
-    grid = figure.subplots(-(-len(results) // columns), columns, squeeze=False)
+    grid = figure.subplots(*grid_of(len(results)), squeeze=False)
     for axes in grid.flat[len(results) :]:
         axes.set_visible(False)
     for axes, (task, (entries, about)) in zip(grid.flat, results.items(), strict=False):
-        named = [
-            e._replace(settings=e.settings | {"name": e.row["optimizer"]})
-            for e in entries
-        ]
-        evaluation.draw(axes, named, f"{task}\n{about['dataset']}")
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    columns = min(3, len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    figure.supylabel("training loss (EMA 0.98)", fontsize=9)
+        entries, title = map(without_rate, entries), f"{task}\n{about['dataset']}"
+        evaluation.draw(axes, list(entries), title)
+        axes.set_xlabel("inner steps")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), **LEGEND)
+    figure.supylabel("training loss (nats or mean squared error, EMA 0.98)")
+
+
+def without_rate(entry: evaluation.Entry) -> evaluation.Entry:
+    """An entry for a legend: a baseline's learning rate differs from task to task."""
+    optimizer = entry.row["optimizer"]
+    label = WORDS.get(optimizer) or entry.settings.get("label", optimizer)
+    return entry._replace(settings=entry.settings | {"label": label})
 
 
 def overview(results: dict, title: str) -> Figure:
-    figure = Figure(figsize=panels_size(len(results)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height_of(len(results))))
     draw_tasks(figure, results)
     figure.suptitle(title)
     return figure
@@ -134,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation.save_table(folder / "table.csv", table)
         found = {"arguments": vars(args) | {"theta": paths}, "rows": table}
         store.save_json(folder / "results.json", found)
-        title = f"suite {args.task}"
+        title = f"suite {args.task}, {counted_seeds(args.seeds)}"
         store.draw_figure(folder / "overview.png", overview, results, title)
     for task, (entries, about) in results.items():
         print(f"\n{task}, {about['dataset']}")

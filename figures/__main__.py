@@ -1,8 +1,8 @@
 """Figures by name: `python -m figures NAME` writes NAME.png and NAME.json.
 
-FIGURES maps NAME to compute and plot. compute: args of the command line -> (result, title,
-about the data). plot(figure, result) draws on an empty figure. What a result holds under
-"curves" is drawn, not written.
+FIGURES maps NAME to compute, plot and inches of height. compute: args of the command line
+-> (result, title, about the data). plot(figure, result) draws on an empty figure. What a
+result holds under "curves" is drawn, not written.
 """
 
 import argparse
@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import eval as evaluation
 import star
 import star_fast
 import store
-from baselines import curves
+from baselines import LEGEND, WIDTH, curves
 from figures import (
     maheswaranathan,
     metz_chaos,
@@ -63,19 +64,20 @@ def plot_betas(figure: Figure, result: dict) -> None:
     ticks, labels = [max(b, 1e-8) for b in BETA3], [f"{b:g}" for b in BETA3]
     for i, losses in enumerate(result["curves"]):
         x = np.arange(1, losses.shape[1] + 1)
-        left.plot(x, losses.T, f"C{i}", lw=0.8)
+        color = colormaps["plasma"](0.9 * i / len(labels))
+        left.plot(x, losses.T, color=color, lw=0.8)
         left.lines[-1].set_label(f"beta3 = {labels[i]}")
-        right.plot([ticks[i]] * len(losses), result["mean_loss"][i], f"C{i}o")
-    right.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
+        right.plot([ticks[i]] * len(losses), result["mean_loss"][i], "o", color=color)
     left.set(ylabel="training loss (nats)", xlabel="inner steps")
     right.set(ylabel="mean training loss (nats)", xlabel="beta3")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log")
-        axes.legend(fontsize=8)
+        axes.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
+    figure.legend(*left.get_legend_handles_labels(), **LEGEND | {"ncols": 4})
     right.set_xticks(ticks, labels)
 
 
-FIGURES = {"betas": (compute_betas, plot_betas, (10, 4.2)), **star_runs.FIGURES}
+FIGURES = {"betas": (compute_betas, plot_betas, 3.6), **star_runs.FIGURES}
 FIGURES |= star_learned.FIGURES | stability.FIGURES | metz_chaos.FIGURES
 FIGURES |= metz_truncation.FIGURES | metz_estimators.FIGURES | maheswaranathan.FIGURES
 
@@ -105,7 +107,7 @@ def parse(argv: Any = None) -> argparse.Namespace:
 
 def main(argv: Any = None) -> int:
     args = parse(argv)
-    name, (compute, plot, size) = args.figure, FIGURES[args.figure]
+    name, (compute, plot, height) = args.figure, FIGURES[args.figure]
     folder = pathlib.Path(args.out or f"runs/figure-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     with store.only_run_in(folder):
@@ -113,7 +115,7 @@ def main(argv: Any = None) -> int:
         summary = finite({k: v for k, v in result.items() if k != "curves"})
         report = {"title": title, "quick": args.quick, **about, **summary}
         store.save_json(folder / f"{name}.json", report)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(WIDTH, height))
         plot(figure, result)
         figure.suptitle(title)
         store.save_figure(folder / f"{name}.png", figure)

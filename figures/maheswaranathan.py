@@ -19,7 +19,7 @@ import devices
 import star
 import star_fast
 import tasks
-from baselines import from_optax
+from baselines import color_of, from_optax
 from companions import dynamics, problems
 from companions.lopts import load_theta
 from eval import WEIGHTS
@@ -130,7 +130,7 @@ def compute_maps(task: str, args: Any) -> tuple[dict, str, dict]:
 
 def plot_maps(figure: Figure, result: dict) -> None:
     """A dot for each configuration, dark for good, one colour scale; a star: the best."""
-    axes = figure.subplots(1, 4)
+    axes = figure.subplots(2, 2).ravel()
     shown = [(name, k) for name, (_, *decays) in BASELINES.items() for k in decays]
     objectives = [x["objective"] for x in result["curves"].values()]
     norm = LogNorm(*np.percentile(objectives, [0, 80]))
@@ -146,7 +146,7 @@ def plot_maps(figure: Figure, result: dict) -> None:
         axis.set(xscale="log", xlabel="learning rate", yscale="log")
         axis.set(ylabel=f"1 - {decay}", title=f"{name}: {objective.min():.4g}")
         axis.invert_yaxis()
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(loc="lower left")
     figure.colorbar(dots, ax=axes, extend="max", label="meta-objective (mean loss)")
 
 
@@ -192,13 +192,13 @@ def plot_9(figure: Figure, result: dict) -> None:
         mean, error = result["mean_loss"][i], result["standard_error"][i]
         low = np.minimum(error, 0.9 * mean)  # a log axis has no 0
         axis.errorbar(names, mean, [low, error], fmt="none", ecolor="k", capsize=4)
-        axis.scatter(names, mean, c=["0.6"] * len(BASELINES) + ["C3"], s=50, zorder=3)
+        axis.scatter(names, mean, c=[*map(color_of, names)], s=50, zorder=3)
         for x, y in enumerate(mean):
             axis.text(x, y + error[x], f"{y:.3g}", ha="center", va="bottom", fontsize=8)
-        axis.set_title(f"{TASKS[i].replace('_', ' ')}, {result['tests'][i]} problems")
+        axis.set_title(f"{TASKS[i].replace('_', ' ')},\n{result['tests'][i]} problems")
         axis.set(yscale="log", xlim=(-0.5, len(names) - 0.5))
         axis.set_ylim((mean - low).min() / 1.5, (mean + error).max() * 1.8)
-        axis.tick_params(axis="x", labelsize=8)
+        axis.tick_params(axis="x", rotation=30)
     axes[0].set_ylabel(f"mean loss over {STEPS} steps")
 
 
@@ -260,10 +260,12 @@ def plot_7a(figure: Figure, result: dict) -> None:
         order = np.argsort(weight)  # the strongest on top
         beta, style = modes.momentum[order], dict(cmap="viridis_r", ec="k", lw=0.5)
         dots = axis.scatter(beta.real, beta.imag, 45, weight[order], norm=norm, **style)
-        axis.axvline(tuned, c="goldenrod", lw=1, label=f"tuned momentum, {tuned:.3f}")
+        line = dict(color=color_of("momentum"), label=f"momentum, tuned: {tuned:.3f}")
+        axis.axvline(tuned, lw=1, **line)
         axis.set(xlabel="real part", aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
-        axis.legend(fontsize=8, loc="lower left")
-        figure.colorbar(dots, ax=axis, label="|alpha / (1 - beta)|, long-run step")
+        axis.legend(loc="lower left")
+        text = "long-run step, |alpha / (1 - beta)|"
+        figure.colorbar(dots, ax=axis, label=text, location="bottom")
     axes[0].set_ylabel("imaginary part")
 
 
@@ -280,9 +282,12 @@ def plot_7b(figure: Figure, result: dict) -> None:
         ):
             x, y = 1 - np.abs(beta[chosen]), np.abs(alpha[chosen])
             axis.plot(x, y, marker, mfc="none", ms=7, label=label)
-        for name, color in (("heavy_ball", "w"), ("tuned_momentum", "gold")):
+        for name, color, words in (
+            ("heavy_ball", "w", "momentum, by theory"),
+            ("tuned_momentum", color_of("momentum"), "momentum, tuned"),
+        ):
             rate, decay = result[name]
-            label = f"{name.replace('_', ' ')}: {rate:.2f}, {decay:.3f}"
+            label = f"{words}: {rate:.2f}, {decay:.3f}"
             axis.plot(1 - decay, rate, "*", ms=16, mfc=color, mec="k", label=label)
         rate, decay = alpha[0].real, beta[0].real
         text = f"{rate:.2f}, {decay:.3f}"  # of the first mode
@@ -291,7 +296,7 @@ def plot_7b(figure: Figure, result: dict) -> None:
         axis.set(yscale="log", xlim=(1.2, 0.03), ylim=(1e-4, 20))
         axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05], ["1", "0.5", "0.2", "0.1", "0.05"])
         axis.minorticks_off()
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(loc="lower left")
     axes[0].set_ylabel("|alpha|, learning rate of the mode")
 
 
@@ -300,14 +305,15 @@ def plot_7c(figure: Figure, result: dict) -> None:
     axes, losses = panels(figure, result, sharey=True), result["curves"]["losses"]
     tuned = losses["tuned momentum"]
     for axis, stage in zip(axes, result["stage"], strict=True):
-        label = f"tuned momentum: {tuned.mean():.3g}"
-        axis.plot(tuned.mean(0), color="goldenrod", lw=3, alpha=0.6, label=label)
+        label, color = f"momentum, tuned: {tuned.mean():.3g}", color_of("momentum")
+        axis.plot(tuned.mean(0), color=color, lw=3, alpha=0.6, label=label)
         own = [key for key in losses if key.startswith(f"{stage}:")]
-        for key, style in zip(own, ("k-", "C0-", "C1--", "C2:"), strict=True):
-            label = f"{key.split(': ')[1]}: {losses[key].mean():.3g}"
-            axis.plot(losses[key].mean(0), style, lw=1.5, label=label)
+        for key, ls in zip(own, ("-", "--", "-.", ":"), strict=True):
+            color = color_of("GRU") if ls == "-" else "k"
+            label = f"GRU, {key.split(': ')[1]}: {losses[key].mean():.3g}"
+            axis.plot(losses[key].mean(0), color=color, ls=ls, label=label)
         axis.set(yscale="log", xlabel="inner steps", ylim=(1e-5, 30))
-        axis.legend(fontsize=8)
+        axis.legend()
     axes[0].set_ylabel(f"mean loss over {len(tuned)} problems")
 
 
@@ -371,25 +377,25 @@ def plot_modes_star(figure: Figure, result: dict) -> None:
         middle, label = np.median(alpha[s], 1), f"inner step {result['inner_step'][s]}"
         axis.plot(x, middle, "D", ms=7, color=color, mec="k", label=label)
     nominal, ends = result["nominal"], (0.75 * times, 1.33 * times)
-    axis.hlines(nominal, *ends, "C3", lw=1.5, label="nominal term alone")
+    axis.hlines(nominal, *ends, "C3", label="nominal term alone")
     axis.set_yscale("symlog", linthresh=np.abs(nominal).min() / 3)
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set(xscale="log", xlabel="timescale 1 / (1 - beta_k), inner steps")
     axis.set(ylabel="learning rate alpha_k, times v")
-    axis.legend(fontsize=8)
+    axis.legend()
 
 
 FIGURES = {
-    "gru7a": (partial(compute_7, "eigenvalues at the fixed point"), plot_7a, (10, 4.6)),
-    "gru7b": (partial(compute_7, "modes as hyperparameters"), plot_7b, (10, 4.2)),
+    "gru7a": (partial(compute_7, "eigenvalues at the fixed point"), plot_7a, 4.8),
+    "gru7b": (partial(compute_7, "modes as hyperparameters"), plot_7b, 4.2),
     "gru7c": (
         partial(compute_7, "what its modes do alone", keep=3),
         plot_7c,
-        (11, 4.4),
+        4.2,
     ),
-    "gru9": (compute_9, plot_9, (11, 3.8)),
-    "gru10": (partial(compute_maps, "linear_regression"), plot_maps, (15, 4)),
-    "gru11": (partial(compute_maps, "rosenbrock"), plot_maps, (15, 4)),
-    "gru12": (partial(compute_maps, "two_moons"), plot_maps, (15, 4)),
-    "modes_star": (compute_modes_star, plot_modes_star, (8, 5)),
+    "gru9": (compute_9, plot_9, 3.4),
+    "gru10": (partial(compute_maps, "linear_regression"), plot_maps, 6),
+    "gru11": (partial(compute_maps, "rosenbrock"), plot_maps, 6),
+    "gru12": (partial(compute_maps, "two_moons"), plot_maps, 6),
+    "modes_star": (compute_modes_star, plot_modes_star, 4.6),
 }

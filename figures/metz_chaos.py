@@ -180,13 +180,13 @@ def compute_9(spacing: float) -> list[dict]:
 
 
 def plot_toy(figure, result, theta="momentum", name="momentum", decode=np.asarray):
-    """A row each: the loss, w over time, the final loss, the largest slopes against T.
+    """Two rows each: the loss, w over time, the final loss, the largest slopes against T.
 
     theta: what the slopes are by. name, decode: what to show in its place.
     """
     rows = result["curves"]
-    axes = figure.subplots(len(rows), 4, squeeze=False)
-    for row, panels in zip(rows, axes, strict=True):
+    axes = figure.subplots(2 * len(rows), 2)
+    for row, panels in zip(rows, axes.reshape(-1, 4), strict=True):
         _draw_toy(panels, row, theta, name, decode(row["curves"]["theta"]))
 
 
@@ -202,17 +202,17 @@ def _draw_toy(panels: Any, row: dict, theta: str, name: str, x: np.ndarray) -> N
     labels = [f"{name} {x[i]:.2g}" for i in few]
     draw(surface, w[few].T, toy_loss(w[few]) + lift, "o-", label=labels, ms=3)
     surface.plot(0 * lift + START, toy_loss(START) + lift, "k*", ms=8)
-    surface.set(xlabel="w", ylabel="l(w), each run's lifted by 12 more")
+    surface.set(xlabel="weight w", ylabel="loss l(w), lifted by 12 a run")
     surface.set(xlim=(-1.6, 5.2), ylim=(-6, 150))
 
     draw(time, np.arange(last + 1), w[many])
     time.hlines([0, GLOBAL_MINIMUM, BARRIER], 0, last, "k", ["-", "-", ":"], lw=0.5)
-    time.set(xlabel="step t", ylabel="w_t", ylim=(-1.5, 5.5))
+    time.set(xlabel="inner steps t", ylabel="weight w_t", ylim=(-1.5, 5.5))
 
     labels = [f"T = {horizon}" for horizon in horizons]
     draw(final, x, curves["loss"][horizons - 1], label=labels)
     final.plot(x, curves["smoothed"][-1], "C3--", lw=1, label=f"{labels[-1]}, smoothed")
-    final.set(xlabel=name, ylabel="l(w_T)", ylim=(-4.5, 20))
+    final.set(xlabel=name, ylabel="final loss l(w_T)", ylim=(-4.5, 20))
     rate, momentum = row["learning_rate_and_momentum_there"]
     final.set_title(f"first threshold: rate {rate:.3g}, momentum {momentum:.3g}")
 
@@ -223,10 +223,11 @@ def _draw_toy(panels: Any, row: dict, theta: str, name: str, x: np.ndarray) -> N
     slopes.plot(t, near, "C0", label="at the first threshold")
     slopes.plot(t, curves["max_slope_smoothed"], "C3--", label="smoothed")
     slopes.plot(t, predicted, "k:", label=f"growth by {growth:.3f} per step")
-    slopes.set(xlabel="T", ylabel=f"largest |d l(w_T) / d {theta}|", yscale="log")
-    slopes.set_ylim(bottom=0.1)
-    for axis in (surface, final, slopes):
-        axis.legend(fontsize=7)
+    slopes.set(xlabel="horizon T (inner steps)", yscale="log")
+    slopes.set(ylabel=f"largest |d l(w_T) / d {theta}|", ylim=(0.1, None))
+    final.legend(loc="upper left")
+    for axis in (surface, slopes):
+        axis.legend()
 
 
 # --- figures 2d-f: a network
@@ -308,27 +309,26 @@ def compute_2d(task: Any, key: jax.Array, rates: int, iterations: list) -> dict:
 
 def plot_2d(figure: Figure, result: dict) -> None:
     """Figure 2d: paths, their ends, losses, and how the sensitivity grows with the step."""
-    paths, ends, losses, sensitivity = figure.subplots(1, 4)
+    paths, ends, losses, sensitivity = figure.subplots(2, 2).ravel()
     curves, rates = result["curves"], np.exp(result["curves"]["log_rate"])
     t = np.arange(1, curves["loss"].shape[1] + 1)
     draw(paths, curves["path"][..., 0].T, curves["path"][..., 1])
     paths.plot(0, 0, "k*", ms=11)
-    paths.set(xlabel="random direction 1", ylabel="random direction 2")
-    paths.set_title("parameters")
+    paths.set(xlabel="parameters, random direction 1", ylabel="random direction 2")
     ends.scatter(rates, result["final_valid_loss"], c=rates, s=10, cmap="viridis_r")
     ends.set(xlabel="learning rate", ylabel="held-out loss at the end (nats)")
     ends.set_xticks([0.147, 0.1475, 0.148, 0.1485])
     draw(losses, t, curves["loss"])
-    losses.set(xlabel="iteration", ylabel="training loss (nats)")
+    losses.set(xlabel="inner steps", ylabel="training loss (nats)")
     for name, style, label in (
         ("neighbors_over_log_rate_median", "C3", "neighboring rates, median"),
         ("spread_over_log_rate", "C0", "all rates, root mean square"),
         ("travelled", "k:", "distance travelled"),
     ):
         sensitivity.plot(t, curves[name][1:], style, label=label)
-    sensitivity.set(xlabel="iteration", yscale="log")
-    sensitivity.set_ylabel("|change of parameters| / |change of ln(rate)|")
-    sensitivity.legend(fontsize=7)
+    sensitivity.set(xlabel="inner steps", yscale="log")
+    sensitivity.set_ylabel("|change of parameters|\n/ |change of ln(rate)|")
+    sensitivity.legend()
 
 
 def outer_loss(task: Any, key: jax.Array, steps: int) -> Callable:
@@ -396,15 +396,15 @@ def plot_2ef(figure: Figure, result: dict) -> None:
     top, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
     loss, smooth, slopes = top.subplots(1, 3)
     draw(loss, curves["rate"], curves["loss"], label=labels)
-    loss.legend(fontsize=8)
+    loss.legend()
     loss.sharey(smooth)
     draw(smooth, curves["rate"], curves["smoothed"], lw=1)
     draw(slopes, curves["rate"], curves["slope"], ".", ms=2)
-    loss.set(title="2e: outer loss (nats)", xlabel="learning rate")
+    loss.set(title="2e", xlabel="learning rate", ylabel="outer loss (nats)")
     title = f"2e, smoothed with sigma {result['sigma']:g}"
     smooth.set(title=title, xlabel="learning rate")
-    slopes.set(title="2e: |d loss / d ln rate| by autodiff", xlabel="learning rate")
-    slopes.set_yscale("log")
+    slopes.set(title="2e, slope by autodiff", xlabel="learning rate", yscale="log")
+    slopes.set_ylabel("|d loss / d ln rate| (nats)")
     axes = below.subplots(2, len(labels), sharex=True, sharey=True)
     for i, column in enumerate(axes.T):
         raw, smooth = curves["square"][i], curves["smoothed_square"][i]
@@ -442,8 +442,8 @@ SIZES_2EF = {
 plot_rates = partial(plot_toy, theta="ln(rate)", name="learning rate", decode=np.exp)
 ONE_WEIGHT = "2a-c: one weight, learning rate 0.01", "9: one weight, learning rates"
 FIGURES = {
-    "metz2abc": (partial(_toy, compute_2abc, 1e-4, ONE_WEIGHT[0]), plot_toy, (17, 4.3)),
-    "metz9": (partial(_toy, compute_9, 2e-4, ONE_WEIGHT[1]), plot_rates, (17, 8.6)),
-    "metz2d": (partial(_mlp, compute_2d, "2d", SIZES_2D), plot_2d, (17, 4.3)),
-    "metz2ef": (partial(_mlp, compute_2ef, "2e, f", SIZES_2EF), plot_2ef, (16.8, 12)),
+    "metz2abc": (partial(_toy, compute_2abc, 1e-4, ONE_WEIGHT[0]), plot_toy, 6),
+    "metz9": (partial(_toy, compute_9, 2e-4, ONE_WEIGHT[1]), plot_rates, 11),
+    "metz2d": (partial(_mlp, compute_2d, "2d", SIZES_2D), plot_2d, 5.6),
+    "metz2ef": (partial(_mlp, compute_2ef, "2e, f", SIZES_2EF), plot_2ef, 7),
 }

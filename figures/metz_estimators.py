@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import estimators
 import train
-from baselines import ema, on_fresh_seeds
+from baselines import LEGEND, color_of, ema, on_fresh_seeds
 from companions import lopts, metz
 from devices import compiler_options, each
 from tasks import TASKS, inner_problem
@@ -134,20 +134,20 @@ def plot_4(figure: Figure, result: dict) -> None:
     (*axes, training), lengths = figure.subplots(1, 3), result["lengths"]
     for i, axis in enumerate(axes):
         bptt, es = result["variance_bptt"][i], result["variance_es"][i]
-        axis.plot(lengths, bptt, "C3o-", label="backpropagation")
-        axis.plot(lengths, es, "C0s-", label="evolution strategies")
+        axis.plot(lengths, bptt, "C0o-", label="backpropagation")
+        axis.plot(lengths, es, "C1s-", label="evolution strategies")
         merges = zip(result["pairs_merged"], result["variance_merged"], strict=True)
         for (size, variance), style in zip(merges, (":", "-.", "--"), strict=False):
             label = f"merge of {size} pairs"
             axis.plot(lengths, variance[i], f"k{style}", label=label)
         axis.set(xlabel="unroll (inner steps)", xscale="log", yscale="log")
-        axis.set_title(f"SGD with momentum 0.9, rate {RATES[i]:g}")
+        axis.set_title(f"momentum 0.9,\nlearning rate {RATES[i]:g}")
     axes[0].set_ylabel("variance of a pair's meta-gradient")
-    axes[0].legend(fontsize=8)
-    training.plot(result["curves"]["bptt"], "C3", lw=0.8)
-    training.plot(result["curves"]["es"], "C0", lw=0.8)
-    training.set_title("while the MLP optimizer is trained\n(the unroll grows)")
-    training.set(xlabel="meta-steps", yscale="log")
+    figure.legend(*axis.get_legend_handles_labels(), **LEGEND)
+    training.plot(result["curves"]["bptt"], "C0", lw=0.8)
+    training.plot(result["curves"]["es"], "C1", lw=0.8)
+    training.set_title("while the MLP optimizer\nis trained (the unroll grows)")
+    training.set(xlabel="meta-steps", yscale="log", ylabel="variance")
 
 
 ABLATIONS = {
@@ -180,15 +180,16 @@ def plot_8(figure: Figure, result: dict) -> None:
     """Left: meta-losses (EMA 0.95) over meta-steps. Right: the trained thetas."""
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(result["ablations"]):
-        left.plot(ema(result["curves"][i], 0.95), f"C{i}", lw=1, label=name)
+        left.plot(ema(result["curves"][i], 0.95), f"C{i}", label=name)
         right.plot(result["fresh_loss"][i], i, f"C{i}o")
-    left.set(xlabel="meta-steps", ylabel="meta-loss of the unroll (nats, EMA 0.95)")
-    left.legend(fontsize=8)
-    right.axvline(result["adam_loss"][0], color="k", ls="--", label="Adam, best of 3")
+    left.set(xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)")
+    left.legend()
+    adam = dict(color=color_of("Adam"), ls="--", label="Adam, best rate")
+    right.axvline(result["adam_loss"][0], **adam)
     right.set_yticks(range(len(result["ablations"])), result["ablations"])
     right.invert_yaxis()
-    right.set_xlabel("mean training loss over T on fresh seeds (nats)")
-    right.legend(fontsize=8)
+    right.set_xlabel("mean training loss over T\non fresh seeds (nats)")
+    right.legend()
 
 
 def _on_fmnist_small(compute: Callable, name: str, args: Any) -> tuple[dict, str, dict]:
@@ -198,10 +199,10 @@ def _on_fmnist_small(compute: Callable, name: str, args: Any) -> tuple[dict, str
 
 
 FIGURES = {
-    "metz4": (partial(_on_fmnist_small, compute_4, "figure 4"), plot_4, (13, 4.2)),
+    "metz4": (partial(_on_fmnist_small, compute_4, "figure 4"), plot_4, 3.6),
     "metz8": (
         partial(_on_fmnist_small, compute_8, "figure 8, small"),
         plot_8,
-        (11, 4.4),
+        3.6,
     ),
 }

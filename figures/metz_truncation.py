@@ -155,19 +155,19 @@ def compute_metz3(build: Callable, data: Any, setting: Setting, optimizer=ADAM) 
 
 
 def plot_metz3(figure: Figure, result: dict) -> None:
-    """Above: the rate while meta-trained, a panel for each K; the outer loss. Below: the
+    """Left: the rate while meta-trained, a panel for each K; the outer loss. Right: the
     gradient along inner time at each probe."""
     lengths, probes = result["lengths"], result["probes"]
-    above, below = figure.subfigures(2, 1)
-    *paths, outer_loss = above.subplots(1, len(lengths) + 1)
-    gradients = below.subplots(1, len(probes), squeeze=False)[0]
+    left, right = figure.subfigures(1, 2)
+    *paths, outer_loss = left.subplots(len(lengths) + 1)
+    gradients = right.subplots(len(probes), squeeze=False)[:, 0]
     for axis, length in zip(paths, lengths, strict=True):
         _draw_paths(axis, result, length)
     _draw_outer_loss(outer_loss, result)
     for j, axis in enumerate(gradients):
         _draw_gradients(axis, result, j)
-    gradients[0].set_ylabel("d (mean loss of the window at t) / d ln rate")
-    for axis in (*paths, outer_loss, *gradients):
+    right.supylabel("d (mean loss of the window at t) / d ln rate (nats)")
+    for axis in (paths[0], outer_loss, *gradients):
         axis.legend(fontsize=7)
 
 
@@ -177,7 +177,7 @@ def _draw_paths(axis: Any, result: dict, length: int) -> None:
         paths = result["curves"]["paths"][name, length]  # (S, seeds, meta-steps + 1)
         spent = np.arange(paths.shape[-1]) * length
         for path, style, label in zip(paths, STYLES, (name, None), strict=False):
-            draw_mean(axis, spent, path, np.exp, f"C{e}", ls=style, lw=1.3, label=label)
+            draw_mean(axis, spent, path, np.exp, f"C{e}", ls=style, label=label)
     for start, style in zip(result["starts"], STYLES, strict=False):
         axis.axhline(start, color="0.6", ls=style, label=f"started at {start:g}")
     axis.axhline(result["best_rate"], color="k", lw=1, label="best of the grid")
@@ -194,7 +194,7 @@ def _draw_outer_loss(axis: Any, result: dict) -> None:
         label = f"{result['estimators'][e]}, K = {result['lengths'][i]}"
         x, y = (end[e, i] for end in ends)
         axis.plot(x, y, f"C{e}{MARKERS[i]}", mfc="none", label=label)
-    axis.set(xscale="log", xlabel="learning rate (marks: where meta-training ended)")
+    axis.set(xscale="log", xlabel="Adam's learning rate (marks: ends of meta-training)")
     axis.set(ylabel=f"mean loss over T = {result['steps']} (nats)", title="outer loss")
 
 
@@ -225,4 +225,4 @@ def figure_3(args: Any) -> tuple[dict, str, dict]:
     return result, title, about
 
 
-FIGURES = {"metz3": (figure_3, plot_metz3, (15, 8.6))}
+FIGURES = {"metz3": (figure_3, plot_metz3, 9)}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import estimators
 import nqm
-from baselines import ema
+from baselines import LEGEND, counted_seeds, ema
 from data import about_formula
 
 HORIZONS = (1, 2, 3, 4, 5, 10, 25, 50, 100, 150, 200, 250, 300, *range(400, 1001, 100))
@@ -59,8 +59,8 @@ def compute_1(points: int) -> dict:
 
 def plot_1(figure: Figure, result: dict) -> None:
     """Figure 1: red circles before, blue crosses after, arrows, the unit circle."""
-    axes = figure.subplots(1, 4)
-    for i, axis in enumerate(axes):
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for i, axis in enumerate(axes.flat):
         axis.plot(*UNIT_CIRCLE, "k", lw=0.8)
         for path in result["curves"][i].swapaxes(0, 1):  # (points, 2)
             axis.plot(*path.T, "0.6", lw=1)
@@ -70,9 +70,11 @@ def plot_1(figure: Figure, result: dict) -> None:
             axis.plot(*path[-1], "x", color="C0")
         rho = "{:.2f} to {:.2f}".format(*result["radius_before_after"][i])
         title = f"({'abcd'[i]}) {result['intervention'][i]}\nspectral radius {rho}"
-        axis.set(title=title, xlabel="real part", aspect="equal")
-        axis.set(xlim=(-1.2, 2.2), ylim=(-1.6, 1.6))
-    axes[0].set_ylabel("imaginary part")
+        axis.set(title=title, aspect="equal", xlim=(-1.2, 2.2), ylim=(-1.6, 1.6))
+        axis.set(xlabel="real part", ylabel="imaginary part")
+        axis.label_outer()
+    labels = {"before": axis.lines[-2], "after": axis.lines[-1]}
+    figure.legend(labels.values(), labels, **LEGEND)
 
 
 def compute_2a(horizons: Sequence[int], alphas: int, draws: int) -> dict:
@@ -117,8 +119,8 @@ def plot_2a(figure: Figure, result: dict) -> None:
         axis.plot(result["alpha"], result["exact"][i], color=color, lw=1, label=label)
         axis.plot(result["alpha"], result["variance"][i], ".", color=color, ms=3)
     axis.set(xlabel="alpha, up to 2 / lambda_max(H)", yscale="log")
-    axis.set_ylabel("trace of the covariance\n(lines exact, dots sampled)")
-    axis.legend(fontsize=8)
+    axis.set_ylabel("variance of the meta-gradient\n(lines exact, dots sampled)")
+    axis.legend()
 
 
 def best_step(model: nqm.Model, steps: int) -> tuple[np.ndarray, float]:
@@ -236,8 +238,9 @@ def draw_settings(figure, result: dict, curves: dict, optimum, undo=lambda x: x)
         axis = axes.flat[panel]
         for i, alpha in enumerate(result["alpha"]):
             for style, values in curves.items():
-                label = f"{alpha / STABLE_ALPHA:.3g}" if style == "-" else None
-                options = dict(color=f"C{i}", ls=style, lw=1.4, label=label)
+                label = f"alpha = {alpha / STABLE_ALPHA:.3g} * 2 / lambda_max(H)"
+                label = label if style == "-" else None
+                options = dict(color=f"C{i}", ls=style, label=label)
                 lines = ema(values[panel, i], 0.95)
                 if std:
                     axis.plot(at, undo(lines).T, f"C{i}{style}", lw=0.4)
@@ -249,7 +252,7 @@ def draw_settings(figure, result: dict, curves: dict, optimum, undo=lambda x: x)
         clipped = f"clipped at {clip:g}" if np.isfinite(clip) else "not clipped"
         axis.set_title(f"{start}; gradient {clipped}")
         axis.set(xlabel="meta-steps", xscale="log")
-    axes[0, 0].legend(title="alpha / (2 / lambda_max(H))", fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), **LEGEND)
     return axes
 
 
@@ -269,7 +272,7 @@ def plot_2c(figure: Figure, result: dict) -> None:
     curves = {"-": np.log(result["curves"]["loss"])}
     axes = draw_settings(figure, result, curves, result["optimum"], np.exp)
     for axis, highest in zip(axes[:, 0], (20, 1e4), strict=True):
-        axis.set(ylabel="expected meta-loss, T = 50 (EMA 0.95)")
+        axis.set(ylabel="expected meta-loss, T = 50\n(EMA 0.95)")
         axis.set(ylim=(1, highest), yscale="log")
 
 
@@ -289,12 +292,13 @@ def figure_2bc(args: Any) -> tuple[dict, str, dict]:
     unit = 1 / STABLE_ALPHA if args.literal_alpha else STABLE_ALPHA
     meta_steps, seeds = (1000, 2) if args.quick else (20_000, 5)
     result = compute_2bc(meta_steps, seeds, alphas=unit * np.arange(5) / 10)
-    return result, f"Figure {args.figure}: meta-training P, {seeds} seeds", QUADRATIC
+    title = f"Figure {args.figure}: meta-training P, {counted_seeds(seeds)}"
+    return result, title, QUADRATIC
 
 
 FIGURES = {
-    "1": (figure_1, plot_1, (14, 4.2)),
-    "2a": (figure_2a, plot_2a, (7.5, 5)),
-    "2b": (figure_2bc, plot_2b, (11, 7.5)),
-    "2c": (figure_2bc, plot_2c, (11, 7.5)),
+    "1": (figure_1, plot_1, 7),
+    "2a": (figure_2a, plot_2a, 4.6),
+    "2b": (figure_2bc, plot_2b, 5.8),
+    "2c": (figure_2bc, plot_2c, 5.8),
 }

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import eval as evaluation
 import star
 import store
-from baselines import curves
+from baselines import LEGEND, counted_seeds, curves
 from devices import compiler_options, each
 from experiments.catalogue import TASKS
 from tasks import fresh, inner_step
@@ -208,28 +208,25 @@ def figure_learned(args: Any) -> tuple[dict, str, dict]:
     setting = theta, 1 if args.quick else args.seeds, steps, far
     result = compute_learned(TASKS[name].build, data, optimizer, *setting)
     decays = {k: star.learned_decay(d, theta[k]) for k, d in DECAYS.items()}
-    title = f"What {settings['name']} does on {name}: {about['dataset']}"
+    title = f"{settings['label']}, at work on {name}: {about['dataset']}"
     return {"decays": decays, "horizon": horizon, **result}, title, about
 
 
-def draw_tensors(axes: Any, values: np.ndarray, title: str, result: dict) -> None:
+def draw_tensors(axes: Any, values: np.ndarray, name: str, result: dict) -> None:
     """A line per tensor: matrices solid, vectors dashed; values (points, tensors), or
     (points, tensors, 3), whose first and last are the borders of a band for matrices."""
     at, count = result["curves"]["at"], {True: 0, False: 0}
-    for name, line in zip(result["tensors"], np.moveaxis(values, 1, 0), strict=True):
-        matrix = "x" in name.partition(" ")[2]
+    for tensor, line in zip(result["tensors"], np.moveaxis(values, 1, 0), strict=True):
+        matrix = "x" in tensor.partition(" ")[2]
         style = dict(ls="-", lw=1.8) if matrix else dict(ls="--", lw=1)
         color = f"C{count[matrix]}"
         count[matrix] += 1
         low, median, high = line.T if line.ndim == 2 else (line, line, line)
-        axes.plot(at, median, label=name, color=color, **style)
+        axes.plot(at, median, label=tensor, color=color, **style)
         if matrix:
             axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
-    axes.set(xscale="log", xlabel="inner steps")
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=8)
-    label = f"horizon of the meta-training, {result['horizon']}"
-    axes.axvline(result["horizon"], color="k", ls=":", lw=1, label=label)
+    axes.set(xscale="log", xlabel="inner steps", ylabel=name)
+    evaluation.draw_horizons(axes, {result["horizon"]}, at[-1])
 
 
 def draw_differences(axes: Any, result: dict) -> None:
@@ -241,33 +238,31 @@ def draw_differences(axes: Any, result: dict) -> None:
         axes.plot(values, [i] * len(values), "o", color=color, ms=4)
     axes.axvline(0, color="k", lw=0.8)
     axes.axhline(len(features) - 0.5, color="k", lw=0.8, ls=":")
-    axes.set_yticks(range(len(features) + len(parts)), [*features, *parts], fontsize=7)
-    axes.set(xlabel="difference (nats)", ylim=(len(features) + len(parts) - 0.4, -0.6))
-    title = f"loss without ..., minus the whole theta's {result['loss']:.4f}"
-    runs = f"(means of {result['steps']} steps; {result['seeds']} seeds, a dot each)"
-    axes.set_title(f"{title}\n{runs}", fontsize=9)
+    axes.set_yticks(range(len(features) + len(parts)), [*features, *parts])
+    axes.set(ylabel="what is taken out", ylim=(len(features) + len(parts) - 0.4, -0.6))
+    axes.set_title(f"loss without it, minus the whole theta's {result['loss']:.4f}")
+    seeds = f"{counted_seeds(result['seeds'])}, a dot each"
+    steps = f"mean of {result['steps']} steps"
+    axes.set_xlabel(f"difference of training losses, {steps} (nats; {seeds})")
 
 
 def plot_learned(figure: Figure, result: dict) -> None:
     """Over inner time: multiplier, share of the blackbox step, two cosines. Then losses."""
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    multiplier, share = above.subplots(1, 2)
-    factor = "multiplier of the nominal step, exp(beta2 m_g):\n"
-    factor += "medians, bands: 10-90 % of each matrix"
-    gradient, nominal, losses = map(below.subplot_mosaic("GL;NL").get, "GNL")
-    for axes, name, title in (
-        (multiplier, "multiplier", factor),
-        (share, "blackbox_over_nominal", "blackbox over nominal step, |f_b| / |f_g|"),
-        (gradient, "cosine_gradient", "cosine: update, minus the batch's gradient"),
-        (nominal, "cosine_nominal", "cosine: update, nominal step"),
+    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    multiplier, share, gradient, nominal = above.subplots(2, 2).ravel()
+    for axes, name, words in (
+        (multiplier, "multiplier", "multiplier of the nominal\nstep, exp(beta2 m_g)"),
+        (share, "blackbox_over_nominal", "blackbox over nominal\nstep, |f_b| / |f_g|"),
+        (gradient, "cosine_gradient", "cosine of the update\nand minus the gradient"),
+        (nominal, "cosine_nominal", "cosine of the update\nand the nominal step"),
     ):
-        draw_tensors(axes, result["curves"][name], title, result)
+        draw_tensors(axes, result["curves"][name], words, result)
     multiplier.ticklabel_format(axis="y", useOffset=False)
-    share.axhline(1, color="k", lw=0.8)
+    multiplier.set_title("medians, bands: 10-90 % of each matrix")
     share.set(yscale="log")
-    named = share.get_legend_handles_labels()
-    above.legend(*named, loc="outside lower center", ncols=7, fontsize=7)
-    draw_differences(losses, result)
+    above.legend(*share.get_legend_handles_labels(), **LEGEND)
+    share.axhline(1, color="k", lw=0.8)
+    draw_differences(below.subplots(), result)
 
 
-FIGURES = {"learned": (figure_learned, plot_learned, (9, 7.1))}
+FIGURES = {"learned": (figure_learned, plot_learned, 8.6)}

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 import eval as evaluation
 import store
-from baselines import curves, ema
-from eval import limit_y
+from baselines import LEGEND, color_of, counted_seeds, curves, draw_band, ema
 from experiments import suite
 from experiments.catalogue import SUITES, TASKS
 
@@ -33,21 +32,14 @@ LABELS = {
     "no_preconditioner_1e-3": "no preconditioner, beta3 1e-3",
     "no_nominal": "no nominal term",
 }
-COLORS = {name: f"C{i}" for i, name in enumerate(LABELS)}
 DECAYS = ("star_wd0", "star_wd0.1", "star_wd0.5", "star_wd1")
 ABLATED = ("star_wd0.5", "no_preconditioner", "no_preconditioner_1e-3")
 MAIN = ("star_wd0.1", "star_wd0.5", "blackbox", "hyperparam")
 
 
-def draw_band(axes: Any, x: np.ndarray, lines: np.ndarray, label: str, color: str):
-    """The mean of lines (n, points) and the band from the lowest to the highest."""
-    axes.plot(x, lines.mean(0), color=color, label=label, lw=1.3)
-    axes.fill_between(x, lines.min(0), lines.max(0), color=color, alpha=0.2, lw=0)
-
-
-def draw_lines(axes: Any, x: np.ndarray, lines: np.ndarray, label: str, color: str):
+def draw_lines(axes: Any, x: np.ndarray, lines: np.ndarray, label: str) -> None:
     """Each of lines (n, points)."""
-    axes.plot(x, lines.T, color=color, lw=0.9)
+    axes.plot(x, lines.T, color=color_of(label), lw=0.9)
     axes.lines[-1].set_label(label)
 
 
@@ -129,7 +121,7 @@ def summarize(meta: list, losses: np.ndarray, horizon: int) -> dict:
 
 
 def plot_runs(figure: Figure, result: dict, draw: Callable = draw_band) -> None:
-    """Above, meta-training; below, inner training with the thetas, horizon dashed."""
+    """Above, meta-training; below, inner training with the thetas, horizon dotted."""
     meta, inner, recipe = result["curves"].values()
     above, below = figure.subplots(2, 1)
     shown = {above: [], below: []}
@@ -140,23 +132,22 @@ def plot_runs(figure: Figure, result: dict, draw: Callable = draw_band) -> None:
         spacing = (at[-1] - at[0]) / max(1, length - 1)
         shown[above].append(ema(losses, 0.95**spacing))
         shown[below].append(ema(inner[name], evaluation.SMOOTHING))
-        draw(above, at, shown[above][-1], label, COLORS[name])
+        draw(above, at, shown[above][-1], label)
         x = np.arange(1, result["steps"] + 1)
-        draw(below, x, shown[below][-1], label, COLORS[name])
+        draw(below, x, shown[below][-1], label)
     counts = [len(lines) for lines in inner.values()]
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    title = f"meta-training on {result['task']}, {seeds} seed(s)"
+    title = f"meta-training on {result['task']}, {counted_seeds(seeds)}"
     title += ", T log-uniform" * (recipe.get("horizons") == "log-uniform")
     above.set(title=title, xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.95)")
     below.set_title("inner training with the thetas")
     below.set(xlabel="inner steps", ylabel="training loss (nats, EMA 0.98)")
     if result["steps"] > 5000:
         below.set(xscale="log", xlim=(100, result["steps"]))
-    if recipe["horizon"] < result["steps"]:
-        below.axvline(recipe["horizon"], color="k", ls="--", lw=1)
+    evaluation.draw_horizons(below, {recipe["horizon"]}, result["steps"])
     for axes, lines in shown.items():
-        limit_y(axes, lines, top=98)
-    above.legend(fontsize=8)
+        evaluation.limit_y(axes, lines, top=98)
+    figure.legend(*below.get_legend_handles_labels(), **LEGEND)
 
 
 def _runs(name: str, variants: Sequence[str], draw: Callable = draw_band) -> tuple:
@@ -164,7 +155,7 @@ def _runs(name: str, variants: Sequence[str], draw: Callable = draw_band) -> tup
         result, about = compute_runs(args, variants, 200 if args.quick else 20_000)
         return result, f"STAR, figure {name}: {about['dataset']}", about
 
-    return compute, partial(plot_runs, draw=draw), (6.5, 7.5)
+    return compute, partial(plot_runs, draw=draw), 7
 
 
 # Figures 4 and App. 5-6: tasks that no theta was meta-trained on
@@ -191,7 +182,7 @@ def _tasks(name: str, small: Sequence[str], full: Sequence[str]) -> tuple:
     def plot(figure, result):
         suite.draw_tasks(figure, result["curves"])
 
-    return compute, plot, suite.panels_size(len(small))
+    return compute, plot, suite.height_of(len(small))
 
 
 def figure_4(names: Sequence[str]) -> list[str]:

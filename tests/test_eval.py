@@ -216,6 +216,20 @@ def test_summary_leaves_out_what_diverged():
     assert found["final over adam"] == pytest.approx(1) and found["below adam"] == "1/2"
 
 
+# --- figures
+def test_a_legend_has_words_and_every_optimizer_its_color(tuned, theta):
+    """STAR with its decay, Adam with its rate, NAdamW tuned. Whatever else a label says,
+    the color is the optimizer's, and no two variants of figure 3 share one."""
+    card = {"optimizer": "star_small_beta3", "recipe": {"weight_decay": 0.5}}
+    assert baselines.words_of(card) == "STAR, decay 0.5"
+    assert evaluation.trained(theta)[0]["label"] == "STAR"
+    labels = [setting(name, 200)[0]["label"] for name in ("adam", "nadamw")]
+    assert labels == ["Adam 3e-2", "NAdamW, tuned"]
+    colors = [baselines.color_of(f"{x}, begun trained") for x in baselines.COLORS if x]
+    assert colors == [c for x, c in baselines.COLORS.items() if x]
+    assert len({baselines.COLORS[x] for x in star_runs.LABELS.values()}) == 9
+
+
 # --- figures 3 and App. 1-4
 def write_run(root, variant, seed=0, **changes):
     """A finished run of train.py: theta, card and log."""
