@@ -170,9 +170,9 @@ def windows_at(recipe: Recipe, step: Any) -> jax.Array:
     most, start = recipe.horizon // recipe.truncation, shortest_windows(recipe)
     if recipe.horizons == "log-uniform":
         start = most
-    stages = np.ceil(np.log2(most / start))
-    stage = jnp.floor(step * stages / max(1.0, recipe.steps / 2))
-    return jnp.minimum(start * 2 ** jnp.minimum(stage, stages), most).astype(jnp.int32)
+    stages = int(np.ceil(np.log2(most / start)))
+    stage = 2 * stages * jnp.asarray(step) // recipe.steps
+    return jnp.minimum(start * 2.0 ** jnp.minimum(stage, stages), most).astype(jnp.int32)
 
 
 def drawn_lengths(pair: estimators.Estimator, windows: Any, shortest: int):
