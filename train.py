@@ -172,7 +172,8 @@ def windows_at(recipe: Recipe, step: Any) -> jax.Array:
         start = most
     stages = int(np.ceil(np.log2(most / start)))
     stage = 2 * stages * jnp.asarray(step) // recipe.steps
-    return jnp.minimum(start * 2.0 ** jnp.minimum(stage, stages), most).astype(jnp.int32)
+    doubled = start * 2.0 ** jnp.minimum(stage, stages)
+    return jnp.minimum(doubled, most).astype(jnp.int32)
 
 
 def drawn_lengths(pair: estimators.Estimator, windows: Any, shortest: int):
