@@ -243,6 +243,7 @@ def learned_optimizer(c: Constants = PAPER, network=network) -> LearnedOptimizer
 CONSTANTS: dict[str, Constants] = {
     "star": PAPER,
     "star_small_beta3": Constants(beta3=3e-6),
+    "star_low_floor": Constants(beta3=1e-6, nominal_eps=1e-10),
     "blackbox": Constants(nominal="none", preconditioner=False),
     "hyperparam": Constants(beta3=0.0),
     "no_preconditioner": Constants(preconditioner=False),
