@@ -64,7 +64,7 @@ def plot_betas(figure: Figure, result: dict) -> None:
     ticks, labels = [max(b, 1e-8) for b in BETA3], [f"{b:g}" for b in BETA3]
     for i, losses in enumerate(result["curves"]):
         x = np.arange(1, losses.shape[1] + 1)
-        color = colormaps["plasma"](0.9 * i / len(labels))
+        color = colormaps["viridis"](i / len(labels))
         left.plot(x, losses.T, color=color, lw=0.8)
         left.lines[-1].set_label(f"beta3 = {labels[i]}")
         right.plot([ticks[i]] * len(losses), result["mean_loss"][i], "o", color=color)

@@ -288,10 +288,10 @@ def plot_7b(figure: Figure, result: dict) -> None:
         ):
             rate, decay = result[name]
             label = f"{words}: {rate:.2f}, {decay:.3f}"
-            axis.plot(1 - decay, rate, "*", ms=16, mfc=color, mec="k", label=label)
+            axis.plot(1 - decay, rate, "*", ms=13, mfc=color, mec="k", label=label)
         rate, decay = alpha[0].real, beta[0].real
         text = f"{rate:.2f}, {decay:.3f}"  # of the first mode
-        axis.text(1 - decay, rate / 2, text, fontsize=8, ha="center")
+        axis.text(1 - decay, rate / 3, text, fontsize=8, ha="center")
         axis.set(xscale="log", xlabel="1 - |beta|  (longer memory to the right)")
         axis.set(yscale="log", xlim=(1.2, 0.03), ylim=(1e-4, 20))
         axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05], ["1", "0.5", "0.2", "0.1", "0.05"])

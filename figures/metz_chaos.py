@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from baselines import LEGEND
 from data import about_formula
 from estimators import clip_loss
 from tasks import TASKS
@@ -393,10 +394,10 @@ def compute_2ef(task: Any, key: jax.Array, horizons: list, line: tuple, side: tu
 def plot_2ef(figure: Figure, result: dict) -> None:
     """Top: figure 2e, its smoothed form, and its slopes. Below: 2f, raw and smoothed."""
     curves, labels = result["curves"], [f"T = {x}" for x in result["horizon"]]
-    top, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+    top, below = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     loss, smooth, slopes = top.subplots(1, 3)
     draw(loss, curves["rate"], curves["loss"], label=labels)
-    loss.legend()
+    top.legend(*loss.get_legend_handles_labels(), **LEGEND | {"ncols": len(labels)})
     loss.sharey(smooth)
     draw(smooth, curves["rate"], curves["smoothed"], lw=1)
     draw(slopes, curves["rate"], curves["slope"], ".", ms=2)
