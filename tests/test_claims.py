@@ -135,7 +135,6 @@ def test_a_number_that_no_file_holds_is_found():
     assert not_in_a_file(table)[-1] == ".97654321"
 
 
-@pytest.mark.xfail(strict=False, reason="README.md quotes runs that no file holds")
 def test_numbers_of_the_readme_are_in_a_file():
     """Those in its tables that have three decimals or more."""
     assert not not_in_a_file((ROOT / "README.md").read_text())
