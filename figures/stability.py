@@ -250,7 +250,7 @@ def draw_settings(figure, result: dict, curves: dict, optimum, undo=lambda x: x)
         axis.axhline(optimum, color="k", ls="--", lw=0.8, label="optimum")
         start = f"P from N(0, {std:g}^2), seeds and median" if std else "P from 0"
         clipped = f"clipped at {clip:g}" if np.isfinite(clip) else "not clipped"
-        axis.set_title(f"{start}; gradient {clipped}")
+        axis.set_title(f"{start}\ngradient {clipped}")
         axis.set(xlabel="meta-steps", xscale="log")
     figure.legend(*axis.get_legend_handles_labels(), **LEGEND)
     return axes
