@@ -201,7 +201,10 @@ def network(theta, c: Constants, count, grad, p, s: TensorState) -> list:
 
 
 def step(c: Constants, outputs: list, grad: jax.Array, s: TensorState) -> jax.Array:
-    """-(f_b + f_g), (*S), from the network's outputs: equations 20 to 22."""
+    """-(f_b + f_g), (*S), from the network's outputs: equations 20 to 22.
+
+    Only f_b is divided by v here, since the g of `adam_aggmo` has its own division.
+    """
     d, m_b, *m_g = outputs
     v = jnp.sqrt(s.v2 + c.rms_eps)
     f_b = c.beta3 * d / (v if c.preconditioner else 1) * jnp.exp(c.beta4 * m_b)

@@ -3,14 +3,14 @@
 One meta-step is one jitted function. Read it from the top:
 
     meta_step            theta -> theta', once for every window of K inner steps
-      estimators.pes       of N pairs, each one window at theta + xi, one at theta - xi
+      noise_reuse_es       of N pairs, each one window at theta + xi, one at theta - xi
         tasks.inner_step     K times: loss and gradient of a batch, then
           star.update          for every tensor (star_fast.py, the same numbers sooner):
             accumulate           running means of the gradient
             tensor_features      39 features of each parameter
             network              direction d, log magnitudes m_b and m_g
             step                 phi' = phi - (f_b + f_g), equations 2, 20 to 22
-      sum(xi) (L+ - L-) / (2 sigma^2), the mean over pairs -> clip -> AdamW -> theta'
+      xi (L+ - L-) / (2 sigma^2), the mean over pairs -> clip -> AdamW -> theta'
 
 A run is a folder: config.json, log.csv, checkpoint.npz, theta.npz with its card
 theta.json, curve.png. N pairs (particles), K truncation, T horizon, in inner steps.
