@@ -109,7 +109,7 @@ def test_float64_in_the_environment_changes_no_bit(finished, tmp_path):
     """JAX_ENABLE_X64=1 python train.py gives the float32 theta, and figures need no
     backend of matplotlib's."""
     env = {"JAX_ENABLE_X64": "1", "MPLBACKEND": "module://not_there.backend_inline"}
-    line = f"python train.py {' '.join(TINY)} --out {tmp_path}"
+    line = f"python train.py {' '.join(TINY)} --devices 1 --out {tmp_path}"
     code, out, err = run_in_shell(line, **env)
     assert (code, err) == (0, "") and "theta in" in out
     assert_same_run(tmp_path, finished)
