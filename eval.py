@@ -258,8 +258,7 @@ def parse_comparison(parser: argparse.ArgumentParser, argv: Any, steps: Any = 20
     add("--seeds", type=int, default=3, help="fresh seeds; default 3")
     text = ",".join(BASELINES)
     add("--baselines", default=text, help="default %(default)s; '' for none")
-    add("--data", default="auto", choices=("real", "stand-in", "auto"))
-    add("--data-dir", help="folder that holds the data set")
+    parser.add_data()
     add("--out", help="folder for the results; default in runs/")
     args = parser.parse_args(argv)
     args.baselines = [name for name in args.baselines.split(",") if name]

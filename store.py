@@ -31,6 +31,9 @@ except ImportError:  # not a Unix: two runs in one folder are then not noticed
     fcntl = None
 
 
+DATA_SOURCES = ("real", "stand-in", "auto")
+
+
 class UserError(Exception):
     """One line for the user on stderr, exit code 2."""
 
@@ -46,6 +49,11 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def add_data(self) -> None:
+        """The two flags that say where data sets come from."""
+        self.add_argument("--data", default="auto", choices=DATA_SOURCES)
+        self.add_argument("--data-dir", help="folder that holds the data set")
 
 
 def given_flags(argv: Sequence[str] | None, kind: Any, description: str) -> dict:

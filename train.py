@@ -39,7 +39,7 @@ import star
 import star_fast
 import store
 from devices import compiler_options, each
-from store import UserError, unravel_of
+from store import DATA_SOURCES, UserError, unravel_of
 from tasks import TASKS, inner_problem
 
 ESTIMATORS = {
@@ -65,7 +65,6 @@ PRESETS = {
     "small": dict(horizons="log-uniform", clip_by="norm", sigma=0.01),
 }
 HORIZONS = ["doubling", "log-uniform"]  # in the first half, or for each trajectory
-SOURCES = ["real", "stand-in", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Recipe:
     horizons: str = flag("doubling", "T doubles, or is drawn anew", choices=HORIZONS)
     start_horizon: float = flag(0.1, "T at the start, or the shortest, as a share of T")
     seed: int = flag(0, "of everything random")
-    data: str = flag("auto", "auto: real, or a stand-in, loudly", choices=SOURCES)
+    data: str = flag("auto", "auto: real, or a stand-in, loudly", choices=DATA_SOURCES)
     data_dir: str | None = flag(None, "folder that holds the data set")
     out: str | None = flag(None, "folder of the run; default runs/TASK-OPTIMIZER-seedN")
     init: str | None = flag(None, "start from this theta.npz and its AdamW")
@@ -121,9 +120,9 @@ class Parts(NamedTuple):
 
 def parts(recipe: Recipe, build: Callable) -> Parts:
     """build: (data, key) -> Task."""
-    betas = {name: getattr(recipe, name) for name in ("beta2", "beta3", "nominal_eps")}
-    betas = {name: beta for name, beta in betas.items() if beta is not None}
-    constants = star.CONSTANTS[recipe.optimizer]._replace(**betas)
+    own = {name: getattr(recipe, name) for name in ("beta2", "beta3", "nominal_eps")}
+    own = {name: value for name, value in own.items() if value is not None}
+    constants = star.CONSTANTS[recipe.optimizer]._replace(**own)
     optimizer = star_fast.learned_optimizer(constants)
     mesh = devices.mesh_of(recipe.devices)
 

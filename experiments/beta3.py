@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import star
 import store
 import tasks
+from baselines import LEGEND, WIDTH, color_of
 from experiments.catalogue import TASKS
 from experiments.networks import mlp
 
@@ -88,7 +89,6 @@ def measure(name: str, data) -> dict:
     thetas = [star.init_theta(k, star.PAPER) for k in jax.random.split(key, THETAS)]
     params, state, grads = jax.jit(partial(after_nominal_steps, task))(thetas[0], key)
     images, _ = task.batch(key, "train")
-
     moved = partial(logits_moved, name, params, images=images)
 
     @jax.jit
@@ -124,27 +124,23 @@ def trained(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(figure: Figure, result: dict) -> None:
     """A panel for each task: losses of trained thetas over beta3, and what is predicted."""
-    for axes, (name, line) in zip(
-        figure.subplots(1, len(TRAINED)), result.items(), strict=False
-    ):
+    panels, color = figure.subplots(1, len(TRAINED)), color_of("STAR")
+    for axes, name in zip(panels, TRAINED, strict=True):
         beta3, losses = trained(name)
-        axes.plot(beta3, losses.mean(1), "C0-")
-        axes.plot(beta3, losses, "C0o", ms=4)
-        low, high = (logits / line["logits"][1] for logits in BAND)
+        axes.plot(beta3, losses.mean(1), color=color)
+        axes.plot(beta3, losses, "o", color=color, ms=4)
+        low, high = (logits / result[name]["logits"][1] for logits in BAND)
         label = "a step moves the logits by {} to {}".format(*BAND)
         axes.axvspan(low, high, color="0.88", label=label)
-        axes.axhline(np.log(10), color="C3", ls=":", label="chance, ln 10")
+        axes.axhline(np.log(10), color="k", ls="--", lw=1, label="chance, ln 10")
         axes.set(xscale="log", yscale="log", xlabel="beta3", title=name)
     figure.axes[0].set_ylabel("mean training loss over T (nats)")
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2
-    )
+    figure.legend(*axes.get_legend_handles_labels(), **LEGEND)
 
 
 def parse(argv=None):
     parser = store.Arguments("experiments.beta3", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="auto", choices=("real", "stand-in", "auto"))
-    parser.add_argument("--data-dir", help="folder that holds the data sets")
+    parser.add_data()
     parser.add_argument("--out", default="runs/beta3", help="folder of the results")
     return parser.parse_args(argv)
 
@@ -158,7 +154,7 @@ def main(argv=None) -> int:
         result[name] = about | measure(name, data)
         print(name, json.dumps(result[name]), flush=True)
     store.save_json(folder / "beta3.json", result)
-    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8))
     draw(figure, result)
     store.save_figure(folder / "beta3.png", figure)
     print(f"results in {folder}")

@@ -14,38 +14,27 @@ import numpy as np
 
 import eval as evaluation
 import star
-import star_fast
 import store
 from baselines import curves
 from experiments.catalogue import TASKS
+from experiments.search import VARIED
 
 EPS = (1e-6, 1e-8, 1e-10, 1e-12)
 DEFAULT = "fmnist,fmnist_small,ae_fmnist,ae_c10_small,mlp_mnist,mlp_c10_mse"
 
 
-def update(theta, *args):
-    """STAR without its blackbox term, with eps in theta: one program for all."""
-    c = star.CONSTANTS["hyperparam"]._replace(nominal_eps=theta["eps"])
-    return star_fast.learned_optimizer(c).update(theta["theta"], *args)
-
-
 def of_task(name: str, args) -> dict:
     """Mean over the seeds of the last losses: {eps or "adam": loss, with its std}."""
     data, about = TASKS[name].load(args.data, args.data_dir)
-    build, keys = (
-        TASKS[name].build,
-        jax.random.split(jax.random.key(20_000), args.seeds),
-    )
-    theta = star.init_theta(jax.random.key(0), star.PAPER)
-    thetas = [{"theta": theta, "eps": np.float32(eps)} for eps in EPS]
-    optimizer = star.PRESETS["hyperparam"]._replace(update=update)
-    losses = curves(build, data, optimizer, thetas, keys, args.steps).losses
+    key, build = jax.random.key(evaluation.EVALUATION_SEED), TASKS[name].build
+    keys = jax.random.split(key, args.seeds)
+    theta = star.init_theta(jax.random.key(0), star.PAPER) | {"beta3": np.float32(0)}
+    thetas = [theta | {"nominal_eps": np.float32(eps)} for eps in EPS]
+    losses = curves(build, data, VARIED, thetas, keys, args.steps).losses
     _, adam, rate = evaluation.baseline("adam", name, args.steps, build, data, about)
     found = curves(build, data, adam, [rate], keys, args.steps).losses
-    rows = dict(
-        zip([f"{eps:g}" for eps in EPS] + ["adam"], [*losses, *found], strict=True)
-    )
-    last = {k: evaluation.final(x) for k, x in rows.items()}
+    names, rows = [*(f"{eps:g}" for eps in EPS), "adam"], [*losses, *found]
+    last = {k: evaluation.final(x) for k, x in zip(names, rows, strict=True)}
     spread = {k: round(float(x.std(ddof=1)), 5) for k, x in last.items() if len(x) > 1}
     means = {k: round(float(x.mean()), 5) for k, x in last.items()}
     return about | {"last_200": means, "std": spread, "steps": args.steps}
@@ -56,8 +45,7 @@ def parse(argv=None):
     parser.add_argument("--tasks", default=DEFAULT, help="default %(default)s")
     parser.add_argument("--steps", type=int, default=2000, help="default 2000")
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
-    parser.add_argument("--data", default="auto", choices=("real", "stand-in", "auto"))
-    parser.add_argument("--data-dir", help="folder that holds the data sets")
+    parser.add_data()
     parser.add_argument("--out", default="runs/floor.json", help="default %(default)s")
     return parser.parse_args(argv)
 

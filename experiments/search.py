@@ -102,17 +102,22 @@ def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
 
 
 def with_constants(theta, *args):
-    """STAR's update, with CONSTANTS in theta, so that one program evaluates all."""
-    theta = dict(theta)
-    c = star.PAPER._replace(**{name: theta.pop(name) for name in CONSTANTS})
-    return star_fast.learned_optimizer(c).update(theta, *args)
+    """STAR's update. Constants other than the paper's are in theta, and may be traced."""
+    own = theta.keys() & {*star.Constants._fields}
+    optimizer = star_fast.learned_optimizer(
+        star.PAPER._replace(**{name: theta[name] for name in own})
+    )
+    return optimizer.update({k: theta[k] for k in theta.keys() - own}, *args)
+
+
+# One program trains with thetas whose constants differ.
+VARIED = star.PRESETS["star"]._replace(update=with_constants)
 
 
 def evaluate(thetas: list, data, build, steps: int, seeds: int) -> np.ndarray:
     """Losses on fresh networks, clipped as the meta-loss is: (thetas, seeds, steps)."""
     keys = jax.random.split(jax.random.key(10_000), seeds)
-    optimizer = star.PRESETS["star"]._replace(update=with_constants)
-    found = curves(build, data, optimizer, thetas, keys, steps).losses
+    found = curves(build, data, VARIED, thetas, keys, steps).losses
     return np.asarray(clip_loss(found, build(data, keys[0]).loss_limit))
 
 
@@ -124,8 +129,7 @@ def parse(argv=None):
     add("--seeds", type=int, default=3, help="meta-seeds of each candidate")
     add("--fresh", type=int, default=3, help="fresh networks that each theta trains")
     add("--seconds", type=float, default=np.inf, help="begin no program after these")
-    add("--data", default="auto", choices=("real", "stand-in", "auto"))
-    add("--data-dir", help="folder that holds the data set")
+    parser.add_data()
     add("--out", default="runs/search", help="folder of the results")
     return parser.parse_args(argv)
 

@@ -249,8 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--optimizers", default="adam,nadamw", help=text)
     add("--nadamw", type=int, default=10, help="candidates where no grid is searched")
     add("--seed", type=int, default=0, help="of parameters and batches (default 0)")
-    add("--data", default="auto", choices=("real", "stand-in", "auto"))
-    add("--data-dir", help="folder that holds the data sets")
+    parser.add_data()
     add("--out", default="runs/tuned.json", help="file (default runs/tuned.json)")
     args = parser.parse_args(argv)
     args.task = args.task or SUITES[args.suite]

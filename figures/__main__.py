@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 import eval as evaluation
 import star
-import star_fast
 import store
 from baselines import LEGEND, WIDTH, curves
+from experiments.search import VARIED
 from figures import (
     maheswaranathan,
     metz_chaos,
@@ -43,16 +43,11 @@ def compute_betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
     name, steps = ("fmnist_small", 100) if args.quick else ("fmnist", 500)
     data, about = TASKS[name].load(args.data, args.data_dir)
 
-    def update(theta, *asked):  # beta3 is part of theta: all of them in one program
-        constants = star.PAPER._replace(beta3=theta["beta3"])
-        return star_fast.learned_optimizer(constants).update(theta["theta"], *asked)
-
     keys = jax.random.split(jax.random.key(0), 3)
     thetas = [star.init_theta(key, star.PAPER) for key in keys]
-    both = [{"theta": x, "beta3": np.float32(beta3)} for beta3 in BETA3 for x in thetas]
-    optimizer = star_fast.PRESETS["star"]._replace(update=update)
+    both = [x | {"beta3": np.float32(beta3)} for beta3 in BETA3 for x in thetas]
     run_key = jax.random.split(jax.random.key(1), 1)
-    losses = curves(TASKS[name].build, data, optimizer, both, run_key, steps).losses
+    losses = curves(TASKS[name].build, data, VARIED, both, run_key, steps).losses
     losses = losses.reshape(len(BETA3), len(thetas), steps)
     result = {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
     return result, f"STAR with an untrained network, {name}: {about['dataset']}", about

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import star
-from experiments import beta3, floor
+from experiments import beta3, search
 from tasks import TASKS
 
 
@@ -58,6 +58,6 @@ def test_the_floor_is_that_of_the_nominal_step_alone():
     nominal = [found["both", eps] - found["blackbox", eps] for eps in (1e-6, 1e-12)]
     assert abs(nominal[1][0]) > 10 * abs(nominal[0][0])
     np.testing.assert_allclose(nominal[0][2], nominal[1][2], rtol=1e-3)
-    theta = {"theta": theta, "eps": jnp.float32(1e-12)}
-    alone, _ = floor.update(theta, grads, both.init(params), params)
+    theta |= {"beta3": jnp.float32(0), "nominal_eps": jnp.float32(1e-12)}
+    alone, _ = search.VARIED.update(theta, grads, both.init(params), params)
     np.testing.assert_allclose(alone, nominal[1], rtol=1e-3)
