@@ -19,10 +19,12 @@ from typing import Any, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import star
+from baselines import STYLE
 from data import DataError
 
 try:
@@ -229,7 +231,8 @@ def save_figure(path: pathlib.Path, figure: Any, dpi: int = 150) -> None:
 def draw_figure(path: pathlib.Path, draw: Callable, *args: Any) -> None:
     """Saves the figure that draw(*args) returns. A failure costs the figure and a line."""
     try:
-        save_figure(path, draw(*args))
+        with matplotlib.rc_context(STYLE):
+            save_figure(path, draw(*args))
     except Exception as error:  # whatever it is, the results matter more
         print(f"{path} is not drawn: {error}", file=sys.stderr)
 

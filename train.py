@@ -60,9 +60,11 @@ PRESETS = {
     "default": {},
     # Appendix B of the paper; it does not start here (docs/recipes.md).
     "paper": dict(optimizer="star", estimator="pes", sigma=0.01, meta_lr=1e-4)
-    | dict(weight_decay=0.5, start_horizon=1.0, schedule="constant", steps=2000),
+    | dict(weight_decay=0.5, start_horizon=1.0, schedule="constant", steps=2000)
+    | dict(truncation=50),
     # Better than the default on `fmnist_small`, and no better on `fmnist`.
-    "small": dict(horizons="log-uniform", clip_by="norm", sigma=0.01),
+    "small": dict(horizons="log-uniform", clip_by="norm", sigma=0.01)
+    | dict(truncation=50, meta_lr=3e-3),
 }
 HORIZONS = ["doubling", "log-uniform"]  # in the first half, or for each trajectory
 
@@ -78,12 +80,12 @@ class Recipe:
     optimizer: str = flag("star_small_beta3", "meta-trained", choices=[*star.CONSTANTS])
     beta3: float | None = flag(None, "size of the blackbox step; None: the optimizer's")
     estimator: str = flag("noise_reuse", "of the meta-gradient", choices=[*ESTIMATORS])
-    steps: int = flag(850, "meta-steps")
+    steps: int = flag(1200, "meta-steps")
     particles: int = flag(4, "N, antithetic pairs")
     horizon: int = flag(2000, "T, inner steps of a trajectory")
-    truncation: int = flag(50, "K, inner steps of a window; divides T")
+    truncation: int = flag(25, "K, inner steps of a window; divides T")
     sigma: float = flag(0.02, "standard deviation of the perturbations of theta")
-    meta_lr: float = flag(3e-3, "peak learning rate of AdamW")
+    meta_lr: float = flag(2e-3, "peak learning rate of AdamW")
     weight_decay: float = flag(0.1, "AdamW's, a multiplier of its rate (B.2)")
     clip: float = flag(1.0, "limit of the meta-gradient")
     clip_by: str = flag("value", "what the limit is for", choices=["value", "norm"])

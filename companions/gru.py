@@ -54,6 +54,7 @@ class Recipe(train.Recipe):
     schedule: str = train.flag(
         "staircase", "fall of --meta-lr", choices=("staircase", "cosine")
     )
+    meta_lr: float = train.flag(3e-3, "peak learning rate")
     l2: float = train.flag(1e-5, "weight of |theta|^2 in the meta-loss")
     clip: float = train.flag(5.0, "limit of each entry of the meta-gradient")
     clip_by: str = "value"

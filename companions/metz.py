@@ -135,6 +135,8 @@ class Recipe(train.Recipe):
     steps: int = train.flag(2000, "meta-steps")
     sigma: float = train.flag(0.01, "standard deviation of the perturbations of theta")
     particles: int = train.flag(8, "N, antithetic pairs")
+    truncation: int = train.flag(50, "K, inner steps of a window; divides T")
+    meta_lr: float = train.flag(3e-3, "Adam's learning rate")
     unroll: int = train.flag(1000, "inner steps of the last meta-gradients")
     growth: str = train.flag("linear", "how the unroll grows", choices=tuple(GROWTHS))
     jitter: float = train.flag(0.2, "share by which the unroll varies")

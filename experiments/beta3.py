@@ -20,6 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 import star
 import store
 import tasks
-from baselines import LEGEND, WIDTH, color_of
+from baselines import LEGEND, STYLE, WIDTH, color_of
 from experiments.catalogue import TASKS
 from experiments.networks import mlp
 
@@ -154,9 +155,10 @@ def main(argv=None) -> int:
         result[name] = about | measure(name, data)
         print(name, json.dumps(result[name]), flush=True)
     store.save_json(folder / "beta3.json", result)
-    figure = Figure(figsize=(WIDTH, 2.8))
-    draw(figure, result)
-    store.save_figure(folder / "beta3.png", figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8))
+        draw(figure, result)
+        store.save_figure(folder / "beta3.png", figure)
     print(f"results in {folder}")
     return 0
 

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 import eval as evaluation
 import star
 import store
-from baselines import LEGEND, WIDTH, curves
+from baselines import LEGEND, STYLE, WIDTH, curves
 from experiments.search import VARIED
 from figures import (
     maheswaranathan,
@@ -110,10 +111,11 @@ def main(argv: Any = None) -> int:
         summary = finite({k: v for k, v in result.items() if k != "curves"})
         report = {"title": title, "quick": args.quick, **about, **summary}
         store.save_json(folder / f"{name}.json", report)
-        figure = Figure(figsize=(WIDTH, height))
-        plot(figure, result)
-        figure.suptitle(title)
-        store.save_figure(folder / f"{name}.png", figure)
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH, height))
+            plot(figure, result)
+            figure.suptitle(title)
+            store.save_figure(folder / f"{name}.png", figure)
     print((folder / f"{name}.json").read_text(), end="")
     print(f"figure in {folder / f'{name}.png'}")
     return 0

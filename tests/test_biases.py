@@ -64,16 +64,16 @@ def test_noise_reuse_has_the_bias_of_the_first_cycle():
     assert (error < 0.01).all()
 
 
-def test_the_default_recipe_begins_100_meta_steps_anew():
-    """Five staggers, at meta-steps 0, 107, 213, 319, 425 of 850, for 4 to 40 windows. Their
-    first cycles take 100 meta-steps together."""
+def test_the_default_recipe_begins_200_meta_steps_anew():
+    """Five staggers, at meta-steps 0, 150, 300, 450, 600 of 1,200, for 8 to 80 windows.
+    Their first cycles take 200 meta-steps together."""
     recipe = train.parse([])
     steps = np.arange(recipe.steps)
     windows = np.asarray(jax.vmap(lambda step: train.windows_at(recipe, step))(steps))
     begun = [0, *np.flatnonzero(np.diff(windows)) + 1]
-    assert begun == [0, 107, 213, 319, 425] and recipe.steps == 850
-    assert windows[begun].tolist() == [4, 8, 16, 32, 40]
-    assert windows[begun].sum() == 100 and recipe.particles == 4
+    assert begun == [0, 150, 300, 450, 600] and recipe.steps == 1200
+    assert windows[begun].tolist() == [8, 16, 32, 64, 80]
+    assert windows[begun].sum() == 200 and recipe.particles == 4
 
 
 def test_log_uniform_lengths_give_the_last_window_a_hundredth():
