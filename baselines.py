@@ -230,13 +230,6 @@ def best_rate(losses_of: Callable) -> tuple[float, float]:
 # --- how figures look
 WIDTH = 7.2  # inches, of every figure
 LEGEND = {"loc": "outside lower center", "ncols": 3}  # one for all panels
-# For matplotlib.rc_context, while a figure is made.
-STYLE = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
-STYLE |= dict.fromkeys(("font.size", "axes.titlesize", "figure.labelsize"), 9)
-STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
-STYLE |= {"figure.titlesize": 10, "lines.linewidth": 1.3, "lines.markersize": 5}
-STYLE |= {"axes.formatter.min_exponent": 3}  # 0.3, not 3 x 10^-1
-STYLE |= {"figure.constrained_layout.use": True}
 COLORS = {  # of an optimizer, which is named as legends name it, in every figure
     "": "k",  # of all others
     "STAR": "#2171b5",

@@ -24,7 +24,6 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import star
-from baselines import STYLE
 from data import DataError
 
 try:
@@ -221,6 +220,15 @@ def save_json(path: pathlib.Path, value: Any) -> None:
     """Written as `write_atomically` does."""
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda f: f.write(text.encode()))
+
+
+# For matplotlib.rc_context, while a figure is made.
+STYLE = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
+STYLE |= dict.fromkeys(("font.size", "axes.titlesize", "figure.labelsize"), 9)
+STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+STYLE |= {"figure.titlesize": 10, "lines.linewidth": 1.3, "lines.markersize": 5}
+STYLE |= {"axes.formatter.min_exponent": 3}  # 0.3, not 3 x 10^-1
+STYLE |= {"figure.constrained_layout.use": True}
 
 
 def save_figure(path: pathlib.Path, figure: Any, dpi: int = 150) -> None:

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 import star
 import store
 import tasks
-from baselines import LEGEND, STYLE, WIDTH, color_of
+from baselines import LEGEND, WIDTH, color_of
 from experiments.catalogue import TASKS
 from experiments.networks import mlp
 
@@ -155,7 +155,7 @@ def main(argv=None) -> int:
         result[name] = about | measure(name, data)
         print(name, json.dumps(result[name]), flush=True)
     store.save_json(folder / "beta3.json", result)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(store.STYLE):
         figure = Figure(figsize=(WIDTH, 2.8))
         draw(figure, result)
         store.save_figure(folder / "beta3.png", figure)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import eval as evaluation
 import star
 import store
-from baselines import LEGEND, STYLE, WIDTH, curves
+from baselines import LEGEND, WIDTH, curves
 from experiments.search import VARIED
 from figures import (
     maheswaranathan,
@@ -111,7 +111,7 @@ def main(argv: Any = None) -> int:
         summary = finite({k: v for k, v in result.items() if k != "curves"})
         report = {"title": title, "quick": args.quick, **about, **summary}
         store.save_json(folder / f"{name}.json", report)
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(store.STYLE):
             figure = Figure(figsize=(WIDTH, height))
             plot(figure, result)
             figure.suptitle(title)
