@@ -44,7 +44,8 @@ TRAINED = {  # what `experiments.search` found, and settings that its rows must 
     "fmnist_small": "beta3_fmnist_small.json",
     "mnist_small": "beta3_mnist_small.json",
 }
-SETTINGS = {"horizons": "log-uniform", "clip_by": "norm", "steps": 500}
+SETTINGS = {"horizons": "log-uniform", "clip_by": "norm", "steps": 500, "sigma": 0.01}
+SETTINGS |= {"meta_lr": 0.003, "truncation": 50}
 NOMINAL_STEPS, THETAS, SIGMA = 100, 10, 0.01
 BAND = 0.2, 10  # logits
 
@@ -112,10 +113,10 @@ def measure(name: str, data) -> dict:
 def trained(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(beta3 (n,), mean losses over T (n, seeds)) of the search's rows with SETTINGS."""
     rows = json.loads((RESULTS / TRAINED[name]).read_text())["rows"]
-    usual = {"sigma": 0.01, "estimator": "noise_reuse", "task": name}
+    usual = {"estimator": "noise_reuse", "task": name}
     found = {}
     for row in rows:
-        candidate = usual | {"beta3": 1e-6} | row["candidate"]
+        candidate = usual | row["candidate"]
         beta3 = candidate.pop("beta3")
         if candidate == usual | SETTINGS:
             found[beta3] = row["loss"]

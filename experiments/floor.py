@@ -17,7 +17,7 @@ import star
 import store
 from baselines import curves
 from experiments.catalogue import TASKS
-from experiments.search import VARIED
+from experiments.search import varied
 
 EPS = (1e-6, 1e-8, 1e-10, 1e-12)
 DEFAULT = "fmnist,fmnist_small,ae_fmnist,ae_c10_small,mlp_mnist,mlp_c10_mse"
@@ -30,7 +30,7 @@ def of_task(name: str, args) -> dict:
     keys = jax.random.split(key, args.seeds)
     theta = star.init_theta(jax.random.key(0), star.PAPER) | {"beta3": np.float32(0)}
     thetas = [theta | {"nominal_eps": np.float32(eps)} for eps in EPS]
-    losses = curves(build, data, VARIED, thetas, keys, args.steps).losses
+    losses = curves(build, data, varied("star"), thetas, keys, args.steps).losses
     _, adam, rate = evaluation.baseline("adam", name, args.steps, build, data, about)
     found = curves(build, data, adam, [rate], keys, args.steps).losses
     names, rows = [*(f"{eps:g}" for eps in EPS), "adam"], [*losses, *found]

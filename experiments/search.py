@@ -7,7 +7,8 @@ one. A candidate is a line of JSON with settings of train.Recipe:
     {"estimator": "noise_reuse", "sigma": 0.02, "beta3": 3e-06}
 
 Candidates that differ in TRACED numbers alone share a program. `last_layer` multiplies the
-last layer of the first theta. Results go to a folder: results.json and thetas.npz.
+last layer of the first theta. Results go to a folder: results.json, and a file of thetas
+for each program. CANDIDATES may be such a results.json, whose candidates then run again.
 """
 
 import dataclasses
@@ -101,30 +102,30 @@ def meta_train(steps: int, compiled, data, numbers, state) -> jax.Array:
     return state.theta
 
 
-def with_constants(theta, *args):
-    """STAR's update. Constants other than the paper's are in theta, and may be traced."""
-    own = theta.keys() & {*star.Constants._fields}
-    optimizer = star_fast.learned_optimizer(
-        star.PAPER._replace(**{name: theta[name] for name in own})
-    )
-    return optimizer.update({k: theta[k] for k in theta.keys() - own}, *args)
+def varied(name: str) -> star.LearnedOptimizer:
+    """That preset, with constants in theta where they differ. They may be traced, so one
+    program trains with thetas whose constants differ."""
+    preset, constants = star.PRESETS[name], star.CONSTANTS[name]
+
+    def update(theta, *args):
+        own = {k: theta[k] for k in theta.keys() & {*star.Constants._fields}}
+        optimizer = star_fast.learned_optimizer(constants._replace(**own))
+        return optimizer.update({k: theta[k] for k in theta.keys() - own}, *args)
+
+    return preset._replace(update=update)
 
 
-# One program trains with thetas whose constants differ.
-VARIED = star.PRESETS["star"]._replace(update=with_constants)
-
-
-def evaluate(thetas: list, data, build, steps: int, seeds: int) -> np.ndarray:
+def evaluate(optimizer, thetas: list, data, build, steps: int, seeds: int):
     """Losses on fresh networks, clipped as the meta-loss is: (thetas, seeds, steps)."""
     keys = jax.random.split(jax.random.key(10_000), seeds)
-    found = curves(build, data, VARIED, thetas, keys, steps).losses
+    found = curves(build, data, varied(optimizer), thetas, keys, steps).losses
     return np.asarray(clip_loss(found, build(data, keys[0]).loss_limit))
 
 
 def parse(argv=None):
     parser = store.Arguments("experiments.search", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("candidates", help="file with one JSON object a line")
+    add("candidates", help="file with one JSON object a line, or a results.json")
     add("--task", default="fmnist_small", choices=tuple(TASKS), metavar="NAME")
     add("--seeds", type=int, default=3, help="meta-seeds of each candidate")
     add("--fresh", type=int, default=3, help="fresh networks that each theta trains")
@@ -134,10 +135,17 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def read_candidates(text: str) -> list[dict]:
+    """Of a file with one a line, or of a results.json."""
+    if '"rows"' in text:
+        return [row["candidate"] for row in json.loads(text)["rows"]]
+    return [*map(json.loads, text.splitlines())]
+
+
 def main(argv=None) -> int:
     args, begun = parse(argv), time.perf_counter()
-    lines = pathlib.Path(args.candidates).read_text().splitlines()
-    groups = groups_of([json.loads(line) | {"task": args.task} for line in lines])
+    candidates = read_candidates(pathlib.Path(args.candidates).read_text())
+    groups = groups_of([candidate | {"task": args.task} for candidate in candidates])
     spec, folder = TASKS[args.task], pathlib.Path(args.out)
     data, about = spec.load(args.data, args.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +155,8 @@ def main(argv=None) -> int:
         compiled = pool.map(lambda made: made[1].compile(), lowered.values())
         compiled = dict(zip(lowered, compiled, strict=True))
     print(f"{len(groups)} programs in {time.perf_counter() - begun:.0f} s", flush=True)
-    thetas, found = [], []
-    for key, group in groups.items():
+    rows = []
+    for i, (key, group) in enumerate(groups.items()):
         if time.perf_counter() - begun > args.seconds:
             print(f"no time left for {key}")
             continue
@@ -157,19 +165,19 @@ def main(argv=None) -> int:
         flat = meta_train(recipe.steps, compiled[key], data, n, state)
         unravel = store.unravel_of(star.PRESETS[recipe.optimizer])
         own = [{k: n[k][i] for k in CONSTANTS} for i in range(len(flat))]
-        thetas += [unravel(x) | c for x, c in zip(flat, own, strict=True)]
-        found += group
+        thetas = [unravel(x) | c for x, c in zip(flat, own, strict=True)]
         stacked = jax.tree.map(lambda *x: np.stack(x), *thetas)
-        np.savez(folder / "thetas.npz", **stacked)
-    if not thetas:
+        np.savez(folder / f"thetas-{i}.npz", **stacked)
+        setting = thetas, data, spec.build, recipe.horizon, args.fresh
+        losses = evaluate(recipe.optimizer, *setting)
+        losses = losses.reshape(len(group), args.seeds, args.fresh, -1)
+        rows += [
+            {"candidate": c, "loss": [round(float(y.mean()), 4) for y in x]}
+            | {"last_200": [round(float(y[:, -200:].mean()), 4) for y in x]}
+            for c, x in zip(group, losses, strict=True)
+        ]
+    if not rows:
         raise store.UserError("--seconds left no time for any program")
-    losses = evaluate(thetas, data, spec.build, recipe.horizon, args.fresh)
-    losses = losses.reshape(len(found), args.seeds, args.fresh, -1)
-    rows = [
-        {"candidate": c, "loss": [round(float(y.mean()), 4) for y in x]}
-        | {"last_200": [round(float(y[:, -200:].mean()), 4) for y in x]}
-        for c, x in zip(found, losses, strict=True)
-    ]
     rows.sort(key=lambda row: np.mean(row["loss"]))
     device = jax.devices()[0].device_kind
     store.save_json(folder / "results.json", about | {"device": device, "rows": rows})

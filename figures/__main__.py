@@ -20,7 +20,7 @@ import eval as evaluation
 import star
 import store
 from baselines import LEGEND, WIDTH, curves
-from experiments.search import VARIED
+from experiments.search import varied
 from figures import (
     maheswaranathan,
     metz_chaos,
@@ -48,7 +48,9 @@ def compute_betas(args: argparse.Namespace) -> tuple[dict, str, dict]:
     thetas = [star.init_theta(key, star.PAPER) for key in keys]
     both = [x | {"beta3": np.float32(beta3)} for beta3 in BETA3 for x in thetas]
     run_key = jax.random.split(jax.random.key(1), 1)
-    losses = curves(TASKS[name].build, data, VARIED, both, run_key, steps).losses
+    losses = curves(
+        TASKS[name].build, data, varied("star"), both, run_key, steps
+    ).losses
     losses = losses.reshape(len(BETA3), len(thetas), steps)
     result = {"beta3": BETA3, "curves": losses, "mean_loss": losses.mean(-1)}
     return result, f"STAR with an untrained network, {name}: {about['dataset']}", about
@@ -96,8 +98,8 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--full", action="store_true", help="figures 4, app5, app6: at full size")
     text = "figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it"
     add("--literal-alpha", action="store_true", help=text)
-    text = "figures 3, app1-4: folder of sweep's runs (default weights/fig3)"
-    add("--runs", default=str(evaluation.WEIGHTS / "fig3"), help=text)
+    text = "figures 3, app1-4: folder of sweep's runs (default weights/fig3_small)"
+    add("--runs", default=str(evaluation.WEIGHTS / "fig3_small"), help=text)
     return evaluation.parse_comparison(parser, argv, steps=None)
 
 

@@ -59,5 +59,5 @@ def test_the_floor_is_that_of_the_nominal_step_alone():
     assert abs(nominal[1][0]) > 10 * abs(nominal[0][0])
     np.testing.assert_allclose(nominal[0][2], nominal[1][2], rtol=1e-3)
     theta |= {"beta3": jnp.float32(0), "nominal_eps": jnp.float32(1e-12)}
-    alone, _ = search.VARIED.update(theta, grads, both.init(params), params)
+    alone, _ = search.varied("star").update(theta, grads, both.init(params), params)
     np.testing.assert_allclose(alone, nominal[1], rtol=1e-3)

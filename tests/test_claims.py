@@ -77,7 +77,7 @@ def test_a_number_whose_key_is_missing_is_an_error(name, monkeypatch):
 
 def test_a_run_that_is_missing_is_an_error():
     with pytest.raises(FileNotFoundError):
-        [*claims.losses("fig3", "star_wd9")(claims.read)]
+        [*claims.losses("star_wd9")(claims.read)]
 
 
 def test_what_is_kept_of_a_figure(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ def test_candidates_share_a_program_unless_its_shape_differs():
 def test_a_run_among_many_is_that_of_train_py(tmp_path):
     """Theta after ten meta-steps, of the second candidate on seed 1, and a row for each."""
     lines = [FIXED, FIXED | {"sigma": 0.1, "beta3": 1e-4}]
+    lines += [FIXED | {"optimizer": "blackbox"}]  # of another shape
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [str(tmp_path / "c.jsonl"), "--task", "quadratic", "--seeds", "2"]
     assert search.main([*argv, "--out", str(tmp_path)]) == 0
@@ -38,8 +39,11 @@ def test_a_run_among_many_is_that_of_train_py(tmp_path):
     for _ in range(10):
         state = step(state)
     alone = store.unravel_of(made.optimizer)(state.theta)
-    found = np.load(tmp_path / "thetas.npz")
+    found = np.load(tmp_path / "thetas-0.npz")
     for name, x in alone.items():
         np.testing.assert_allclose(found[name][3], x, rtol=1e-4, atol=1e-6)
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert len(rows) == 2 and all(len(row["loss"]) == 2 for row in rows)
+    text = (tmp_path / "results.json").read_text()
+    rows = json.loads(text)["rows"]
+    again = search.read_candidates(text)
+    assert sorted(map(str, again)) == sorted(str(row["candidate"]) for row in rows)
+    assert len(rows) == 3 and all(len(row["loss"]) == 2 for row in rows)

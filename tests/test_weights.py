@@ -23,7 +23,7 @@ WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
 SHIPPED = {str(path.relative_to(WEIGHTS)): path for path in WEIGHTS.rglob("*.npz")}
 CARDS = {name: store.read_card(path) for name, path in sorted(SHIPPED.items())}
 # Meta-training found a rule that stands still, at ln 10, a guess's loss (results.md).
-STUCK = "fig3/blackbox fig3_small/blackbox fig3_cifar10_conv_small/blackbox"
+STUCK = "fig3_small/blackbox fig3_fmnist/blackbox fig3_cifar10_conv_small/blackbox"
 STUCK = [
     f"{name}-seed0/theta.npz"
     for name in f"{STUCK} fig3_fmnist/no_nominal fig3_small/no_nominal".split()
