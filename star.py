@@ -146,7 +146,8 @@ def accumulate(theta: dict, s: TensorState, grad: jax.Array) -> TensorState:
 def tensor_features(grad, p: jax.Array, s: TensorState, c: Constants) -> list:
     """28 arrays that broadcast to (*S), in the order of the rows of w0.
 
-    Each feature is divided by its root mean square over the tensor (section 5.1).
+    Each feature is divided by its root mean square over the tensor (section 5.1). Triples
+    have one feature for each of DECAYS: 13 is the mean square over the largest axis at 0.9.
     """
     inverse_v = rsqrt(s.v2 + c.rms_eps)
     grad_factors, m_factors = adafactor_factors(s)

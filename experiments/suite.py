@@ -107,11 +107,21 @@ def draw_tasks(figure: Any, results: dict) -> None:
     for axes in grid.flat[len(results) :]:
         axes.set_visible(False)
     for axes, (task, (entries, about)) in zip(grid.flat, results.items(), strict=False):
-        entries, title = map(without_rate, entries), f"{task}\n{about['dataset']}"
-        evaluation.draw(axes, list(entries), title)
+        evaluation.draw(axes, by_label(entries), f"{task}\n{about['dataset']}")
         axes.set_xlabel("inner steps")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), **LEGEND)
     figure.supylabel("training loss (nats or mean squared error, EMA 0.98)")
+
+
+def by_label(entries: Sequence[evaluation.Entry]) -> list[evaluation.Entry]:
+    """One entry for each label, with the runs of all: thetas of several meta-seeds."""
+    found = {}
+    for entry in map(without_rate, entries):
+        found.setdefault(entry.settings["label"], []).append(entry)
+    return [
+        same[0]._replace(losses=np.concatenate([entry.losses for entry in same]))
+        for same in found.values()
+    ]
 
 
 def without_rate(entry: evaluation.Entry) -> evaluation.Entry:

@@ -178,6 +178,23 @@ def test_every_link_and_path_exists():
     assert len(found) > 10 and not missing
 
 
+def anchors_of(page) -> set[str]:
+    """Of the headings of a page, as a code host makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x).lower().replace(" ", "-") for x in headings}
+
+
+def test_every_anchor_exists():
+    found = []
+    for page in PAGES:
+        for path, anchor in re.findall(
+            r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()
+        ):
+            target = page.parent / path if path else page
+            found += [(page.name, path, anchor, anchor in anchors_of(target))]
+    assert len(found) > 30 and all(there for *_, there in found), found
+
+
 def test_the_house_is_small():
     """Files at the top, flags beside the four of --distributed, modules of train.py."""
     assert len(list(ROOT.glob("*.py"))) <= 16

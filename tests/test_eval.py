@@ -291,3 +291,21 @@ def test_runs_that_began_trained_are_labelled(tmp_path):
     result, _ = runs_of(tmp_path, ("star_wd0.5", "star_wd0.1"), steps=20)
     labels = ["STAR, decay 0.5", "STAR, decay 0.1, begun trained"]
     assert list(result["labels"].values()) == labels
+
+
+def test_thetas_of_one_label_are_one_band():
+    """Three runs of STAR, of two thetas, and one of Adam at whatever rate."""
+
+    def entry(optimizer, label, *losses):
+        settings = {"optimizer": optimizer, "label": label}
+        row = {"optimizer": optimizer}
+        return evaluation.Entry(settings, row, np.array(losses)[:, None])
+
+    entries = [
+        entry("star (a)", "STAR", 1.0, 2.0),
+        entry("adam", "Adam 3e-3", 4.0),
+        entry("star (b)", "STAR", 3.0),
+    ]
+    star, adam = suite.by_label(entries)
+    assert star.losses.tolist() == [[1.0], [2.0], [3.0]]
+    assert adam.settings["label"] == "Adam" and adam.losses.tolist() == [[4.0]]
