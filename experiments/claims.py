@@ -491,12 +491,13 @@ def summary() -> str:
     """How many claims have which verdict."""
     verdicts = [verdict for _, _, _, verdict, _ in claims()]
     but = sum(verdict.startswith("holds here but") for verdict in verdicts)
+    lost = [*not_here()]
     some = sum(any(x in NUMBERS for x in sources) for *_, sources in claims())
     return (
         f"Of {len(verdicts)} claims {verdicts.count('holds')} hold, {but} hold here with"
-        f" a restriction, {len([*not_here()])} do not hold here, {verdicts.count('not tried')} was"
+        f" a restriction, {len(lost)} do not hold here, {verdicts.count('not tried')} was"
         f" not tried.\nResult files have numbers for {some} of them."
-        " These do not hold here:\n\n" + "\n".join(not_here())
+        " These do not hold here:\n\n" + "\n".join(lost)
     )
 
 
