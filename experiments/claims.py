@@ -78,9 +78,9 @@ STAR, fig. 3d | Blackbox diverges far beyond its horizon, on the CNN
 
 results.md#generalization-over-tasks
 STAR, fig. 4 | STAR generalizes to other tasks and stays stable
-    | holds here but SUITEVERDICT | suite_far
+    | holds here but for one run of 42, at five horizons | suite_far
 STAR, 5.3 | STAR is comparable to tuned Adam
-    | holds here but not on autoencoders | adam | suite
+    | holds | adam | suite_far
 STAR, 5.3 | STAR beats blackbox nearly everywhere
     | holds here but on 11 tasks of 16 | suite
 STAR, C.3 | Blackbox is unstable on almost all tasks
