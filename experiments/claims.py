@@ -66,7 +66,7 @@ STAR, C.2 | The preconditioner lowers the meta-loss
 
 results.md#figure-3-full-size
 STAR, fig. 3c | Blackbox diverges far beyond its horizon, on the MLP
-    | holds here but two of six runs only rise | blackbox_far
+    | holds here but for two of six runs | blackbox_far
 STAR, C.2 | The nominal term makes meta-training faster and better
     | holds | nominal
 STAR, C.2 | Without a nominal term the end is comparable on Fashion-MNIST
@@ -78,7 +78,7 @@ STAR, fig. 3d | Blackbox diverges far beyond its horizon, on the CNN
 
 results.md#generalization-over-tasks
 STAR, fig. 4 | STAR generalizes to other tasks and stays stable
-    | holds here but for one run of 42, at five horizons | suite_far
+    | holds here but not on mlp_c10_mse, where it bursts | suite_far
 STAR, 5.3 | STAR is comparable to tuned Adam
     | holds | adam | suite_far
 STAR, 5.3 | STAR beats blackbox nearly everywhere
