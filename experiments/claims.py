@@ -94,9 +94,9 @@ Metz, 2.3 | Meta-gradients explode with the unroll
 
 results.md#truncation-bias-figure-3
 Metz, fig. 3 | Truncation biases what is learned
-    | holds | python -m figures metz3
+    | holds | truncation
 Metz, 2.4 | Truncated gradients oppose the true one
-    | holds here but only near the best rate | python -m figures metz3
+    | holds here but only near the best rate | opposed
 
 results.md#variance-and-the-merge-figure-4
 Metz, 3 | The merge has at most the lower variance
@@ -404,6 +404,26 @@ def explosion(read: Callable) -> Numbers:
         yield what, {f"T = {t[i]:.0f}": x[i] for i in (0, -1)}
 
 
+def truncation(read: Callable) -> Numbers:
+    found = figure(read, "metz3")
+    for i, start in enumerate(found["starts"]):
+        ends = [of_length[0][i] for of_length in found["final_rate"]]
+        x = dict(zip(found["estimators"], ends, strict=True))
+        what = f"Adam's rate learned from {start:g}, K = {found['lengths'][0]:.0f}"
+        yield what, x | {"best": found["best_rate"]}
+
+
+def opposed(read: Callable) -> Numbers:
+    found = figure(read, "metz3")
+    for i, rate in enumerate(found["probes"]):
+        x = {"whole": found["full_gradient"][i]}
+        for length, grads in zip(
+            found["lengths"], found["truncated_gradient"], strict=True
+        ):
+            x[f"K = {length:.0f}"] = grads[i]
+        yield f"gradient by ln(rate) at rate {rate:.2g}", x
+
+
 def momentum(read: Callable) -> Numbers:
     found = figure(read, "gru7c")
     decay, _, rate, _ = found["first_modes"][-1][0]
@@ -448,6 +468,7 @@ NUMBERS = {
     "momentum": momentum,
     "near_optimal": near_optimal,
     "nominal": losses(STAR, "no_nominal"),
+    "opposed": opposed,
     "paper_beta3": paper_beta3,
     "preconditioner": losses(STAR, "no_preconditioner"),
     "radius": radius,
@@ -460,6 +481,7 @@ NUMBERS = {
     "than_hyperparam": losses(STAR, "hyperparam", of=PLACES),
     "suite_far": suite,
     "three_tasks": three_tasks,
+    "truncation": truncation,
     "times_as_long": times_as_long,
     "variance": variance,
 }

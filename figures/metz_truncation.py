@@ -167,7 +167,7 @@ def plot_metz3(figure: Figure, result: dict) -> None:
     for j, axis in enumerate(gradients):
         _draw_gradients(axis, result, j)
     right.supylabel("d (mean loss of the window at t) / d ln rate (nats)")
-    for axis in (paths[0], outer_loss, *gradients):
+    for axis in (paths[-1], outer_loss, *gradients):
         axis.legend(fontsize=7)
 
 
