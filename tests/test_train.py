@@ -283,7 +283,7 @@ def test_paper_preset_has_the_papers_settings(small_task):
 def test_meta_optimizer_is_clipped_adamw(clip_by):
     """Clip, then optax.adamw at the cosine rate, by value or by global norm."""
     recipe = train.Recipe(clip_by=clip_by, clip=0.5, weight_decay=0.3, steps=4)
-    plain = optax.adamw(optax.cosine_decay_schedule(3e-3, 4), weight_decay=0.3)
+    plain = optax.adamw(optax.cosine_decay_schedule(2e-3, 4), weight_decay=0.3)
     optimizer, theta = train.meta_optimizer(recipe), jnp.asarray([1.0, -2.0])
     state, plain_state = optimizer.init(theta), plain.init(theta)
     for g in jnp.asarray([[3.0, 0.4], [-0.3, -0.04], [3.0, 0.4]]):
