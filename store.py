@@ -222,7 +222,7 @@ def save_json(path: pathlib.Path, value: Any) -> None:
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
-# For matplotlib.rc_context, while a figure is made.
+# How `save_figure` has figures made.
 STYLE = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
 STYLE |= dict.fromkeys(("font.size", "axes.titlesize", "figure.labelsize"), 9)
 STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
@@ -231,16 +231,17 @@ STYLE |= {"axes.formatter.min_exponent": 3}  # 0.3, not 3 x 10^-1
 STYLE |= {"figure.constrained_layout.use": True}
 
 
-def save_figure(path: pathlib.Path, figure: Any, dpi: int = 150) -> None:
-    """A matplotlib figure as PNG, written as `write_atomically` does."""
-    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
+def save_figure(path: pathlib.Path, draw: Callable, *args: Any) -> None:
+    """The figure that draw(*args) returns in STYLE, as PNG, by `write_atomically`."""
+    with matplotlib.rc_context(STYLE):
+        figure = draw(*args)
+        write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
 
 
 def draw_figure(path: pathlib.Path, draw: Callable, *args: Any) -> None:
-    """Saves the figure that draw(*args) returns. A failure costs the figure and a line."""
+    """As `save_figure`, but a failure costs the figure and a line."""
     try:
-        with matplotlib.rc_context(STYLE):
-            save_figure(path, draw(*args))
+        save_figure(path, draw, *args)
     except Exception as error:  # whatever it is, the results matter more
         print(f"{path} is not drawn: {error}", file=sys.stderr)
 

@@ -20,7 +20,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
@@ -124,8 +123,9 @@ def trained(name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(beta3), np.array([found[b] for b in beta3])
 
 
-def draw(figure: Figure, result: dict) -> None:
+def figure_of(result: dict) -> Figure:
     """A panel for each task: losses of trained thetas over beta3, and what is predicted."""
+    figure = Figure(figsize=(WIDTH, 2.8))
     panels, color = figure.subplots(1, len(TRAINED)), color_of("STAR")
     for axes, name in zip(panels, TRAINED, strict=True):
         beta3, losses = trained(name)
@@ -138,6 +138,7 @@ def draw(figure: Figure, result: dict) -> None:
         axes.set(xscale="log", yscale="log", xlabel="beta3", title=name)
     figure.axes[0].set_ylabel("mean training loss over T (nats)")
     figure.legend(*axes.get_legend_handles_labels(), **LEGEND)
+    return figure
 
 
 def parse(argv=None):
@@ -156,10 +157,7 @@ def main(argv=None) -> int:
         result[name] = about | measure(name, data)
         print(name, json.dumps(result[name]), flush=True)
     store.save_json(folder / "beta3.json", result)
-    with matplotlib.rc_context(store.STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8))
-        draw(figure, result)
-        store.save_figure(folder / "beta3.png", figure)
+    store.save_figure(folder / "beta3.png", figure_of, result)
     print(f"results in {folder}")
     return 0
 

@@ -475,14 +475,14 @@ NUMBERS = {
     "star_far": every(
         far("3_fmnist", "star_wd0.1", STAR), far("3_fmnist_small", "star_wd0.1", STAR)
     ),
+    "suite_far": suite,
     "than_blackbox": every(
         losses(STAR, "blackbox", of=("fig3_fmnist", CONV)), faster("blackbox")
     ),
     "than_hyperparam": losses(STAR, "hyperparam", of=PLACES),
-    "suite_far": suite,
     "three_tasks": three_tasks,
-    "truncation": truncation,
     "times_as_long": times_as_long,
+    "truncation": truncation,
     "variance": variance,
 }
 

@@ -8,10 +8,10 @@ result holds under "curves" is drawn, not written.
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -103,6 +103,13 @@ def parse(argv: Any = None) -> argparse.Namespace:
     return evaluation.parse_comparison(parser, argv, steps=None)
 
 
+def figure_of(plot: Callable, height: float, result: dict, title: str) -> Figure:
+    figure = Figure(figsize=(WIDTH, height))
+    plot(figure, result)
+    figure.suptitle(title)
+    return figure
+
+
 def main(argv: Any = None) -> int:
     args = parse(argv)
     name, (compute, plot, height) = args.figure, FIGURES[args.figure]
@@ -113,11 +120,8 @@ def main(argv: Any = None) -> int:
         summary = finite({k: v for k, v in result.items() if k != "curves"})
         report = {"title": title, "quick": args.quick, **about, **summary}
         store.save_json(folder / f"{name}.json", report)
-        with matplotlib.rc_context(store.STYLE):
-            figure = Figure(figsize=(WIDTH, height))
-            plot(figure, result)
-            figure.suptitle(title)
-            store.save_figure(folder / f"{name}.png", figure)
+        drawing = plot, height, result, title
+        store.save_figure(folder / f"{name}.png", figure_of, *drawing)
     print((folder / f"{name}.json").read_text(), end="")
     print(f"figure in {folder / f'{name}.png'}")
     return 0
