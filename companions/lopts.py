@@ -201,6 +201,31 @@ def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
     return in_float32(LearnedOptimizer(lambda key: encode(start), init, update))
 
 
+def adam8(
+    exponential, linear, l1, l2, learning_rate, **more
+) -> optax.GradientTransformation:
+    """Adam with the eight hyperparameters of Metz et al. 2019, 4.4.
+
+    The gradient is that of loss + l1 |p|_1 + l2 |p|^2 / 2. The rate after t steps is
+    learning_rate exp(-exponential t) max(1 - linear t, 0).
+    """
+
+    def regularized(g, p):
+        return jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + l2 * p, g, p)
+
+    def rate(t):
+        return (
+            -learning_rate * jnp.exp(-exponential * t) * jnp.maximum(1 - linear * t, 0)
+        )
+
+    adam = optax.scale_by_adam(**more, eps_root=1e-16)
+    return optax.chain(
+        optax.stateless(regularized), adam, optax.scale_by_schedule(rate)
+    )
+
+
+ADAM8 = dict(learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8)
+ADAM8 |= dict(exponential=1e-4, linear=1e-4, l1=1e-6, l2=1e-6)
 LEARNED = {
     "mlp": mlp(),
     "mlp_no_momentum": mlp(momentum=False),
@@ -213,6 +238,7 @@ LEARNED = {
     "adam": hand_designed(
         partial(optax.adam, eps_root=1e-8), learning_rate=1e-3, b1=0.9, b2=0.999
     ),
+    "adam8": hand_designed(adam8, **ADAM8),
 }
 
 

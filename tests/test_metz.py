@@ -405,21 +405,47 @@ def test_jitter_varies_the_unroll_within_its_share():
 
 
 def test_family_of_tasks_draws_its_classes(use_stand_in):
-    """Five classes of ten in an order of their own. Labels name the drawn class, and a
-    run keeps its member to the end."""
-    data, _ = metz.TASKS["fmnist_classes_small"].load()
-    build = partial(metz.TASKS["fmnist_classes_small"].build, data)
+    """Ten classes of a hundred in an order of their own, for a network of D.2's 19,722
+    parameters. Labels name the drawn class, and a run keeps its member to the end."""
+    data, _ = metz.TASKS["conv_classes_small"].load()
+    build = partial(metz.TASKS["conv_classes_small"].build, data)
     (x, y), (other, _) = (build(jax.random.key(i)).batch(KEY, "train") for i in (0, 1))
-    class_of = {p.tobytes(): c for c in range(10) for p in np.asarray(data["train"][c])}
+    class_of = {
+        p.tobytes(): c for c in range(100) for p in np.asarray(data["train"][c])
+    }
     raw = np.round(np.asarray(x) * 255).astype(np.uint8)
     names = {(int(i), class_of[p.tobytes()]) for i, p in zip(y, raw, strict=True)}
     labels, classes = (set(x) for x in zip(*names, strict=True))
-    assert len(names) == len(classes) == 5 and labels == set(range(5))
-    assert (x != other).any() and build(KEY).loss_limit == 1.5 * np.log(5)
+    assert len(names) == len(classes) == 10 and labels == set(range(10))
+    assert (x != other).any() and build(KEY).loss_limit == 1.5 * np.log(10)
     begun = tasks.fresh(build, BASELINES["sgdm"], jax.random.key(1))
+    assert sum(p.size for p in jax.tree.leaves(begun.params)) == 19_722
     theta = {"learning_rate": jnp.float32(0.1)}
     after, _ = tasks.inner_step(build, BASELINES["sgdm"], theta, begun, KEY)
     np.testing.assert_array_equal(after.member, jax.random.key_data(jax.random.key(1)))
+
+
+def test_adam8_is_adam_with_a_schedule_and_a_penalty():
+    """Two steps by hand: the gradient of the penalised loss, and a rate that falls."""
+    p = jnp.array([1.0, -2.0, 0.5])
+    h = lopts.ADAM8 | dict(l1=0.1, l2=0.3, exponential=0.5, linear=0.25)
+    both = (
+        lopts.LEARNED["adam8"],
+        lopts.hand_designed(
+            optax.adam,
+            **{name: h[name] for name in ("learning_rate", "b1", "b2", "eps")},
+        ),
+    )
+    penalty = lambda p: 0.1 * jnp.abs(p).sum() + 0.15 * (p * p).sum()  # noqa: E731
+    ours, theirs = both[0].init(p), both[1].init(p)
+    for t in range(3):
+        g = jnp.cos(p + t)
+        update, ours = both[0].update(lopts.encode(h), g, ours, p)
+        g = g + jax.grad(penalty)(p)
+        adam, theirs = both[1].update(both[1].init_theta(KEY), g, theirs, p)
+        expected = adam * np.exp(-0.5 * t) * (1 - 0.25 * t)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+        p = p + update
 
 
 METZ = "--task quadratic --steps 12 --horizon 20 --truncation 5 --particles 4"
