@@ -24,6 +24,7 @@ from experiments.search import varied
 from figures import (
     maheswaranathan,
     metz_chaos,
+    metz_conv,
     metz_estimators,
     metz_truncation,
     stability,
@@ -77,7 +78,8 @@ def plot_betas(figure: Figure, result: dict) -> None:
 
 FIGURES = {"betas": (compute_betas, plot_betas, 3.6), **star_runs.FIGURES}
 FIGURES |= star_learned.FIGURES | stability.FIGURES | metz_chaos.FIGURES
-FIGURES |= metz_truncation.FIGURES | metz_estimators.FIGURES | maheswaranathan.FIGURES
+FIGURES |= metz_truncation.FIGURES | metz_estimators.FIGURES | metz_conv.FIGURES
+FIGURES |= maheswaranathan.FIGURES
 
 
 def finite(values: Any) -> Any:
@@ -98,8 +100,10 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--full", action="store_true", help="figures 4, app5, app6: at full size")
     text = "figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it"
     add("--literal-alpha", action="store_true", help=text)
-    text = "figures 3, app1-4: folder of sweep's runs (default weights/fig3_small)"
-    add("--runs", default=str(evaluation.WEIGHTS / "fig3_small"), help=text)
+    text = (
+        "folder of runs: of sweep's for figures 3, app1-4 (default weights/fig3_small),"
+    )
+    add("--runs", help=text + " of metz's for metz6 (default weights/metz_conv)")
     return evaluation.parse_comparison(parser, argv, steps=None)
 
 

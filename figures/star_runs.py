@@ -73,13 +73,14 @@ def check_same(where: str, cards: list[dict], *names: str) -> None:
 def compute_runs(args: Any, variants: Sequence[str], steps: int) -> tuple[dict, dict]:
     """(result, about): for each variant the meta-losses, and the inner training losses
     (meta-seeds, steps) with its thetas, one fresh seed each, far beyond the horizon."""
-    runs, steps = find_runs(pathlib.Path(args.runs), variants), args.steps or steps
+    root = pathlib.Path(args.runs or evaluation.WEIGHTS / "fig3_small")
+    runs, steps = find_runs(root, variants), args.steps or steps
     cards = {k: [read_card_and_recipe(path) for path in runs[k]] for k in runs}
     all_cards = sum(cards.values(), [])
     same = ("task", "inner_steps", "estimator", "horizons", "clip_by", "horizon")
-    check_same(args.runs, all_cards, *same)
+    check_same(str(root), all_cards, *same)
     for name, found in cards.items():
-        check_same(f"{args.runs}, {name}", found, "optimizer", "constants")
+        check_same(f"{root}, {name}", found, "optimizer", "constants")
     shared = all_cards[0]
     data, about = TASKS[shared["task"]].load(args.data, args.data_dir)
     setting = TASKS[shared["task"]].build, data
