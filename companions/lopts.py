@@ -202,30 +202,31 @@ def hand_designed(make: Callable, **start: float) -> LearnedOptimizer:
 
 
 def adam8(
-    exponential, linear, l1, l2, learning_rate, **more
+    learning_rate, exponential_decay=0.0, linear_decay=0.0, l1=0.0, l2=0.0, **adam
 ) -> optax.GradientTransformation:
-    """Adam with the eight hyperparameters of Metz et al. 2019, 4.4.
+    """Adam with the eight hyperparameters of Metz et al. 2019, section 4.4.
 
-    The gradient is that of loss + l1 |p|_1 + l2 |p|^2 / 2. The rate after t steps is
-    learning_rate exp(-exponential t) max(1 - linear t, 0).
+        lr_s = lr exp(-exponential_decay s) max(1 - linear_decay s, 0),  s = 0, 1, ...
+        of the loss + l1 |p|_1 + l2 |p|_2^2 / 2
+    adam: b1, b2, eps. The paper names the eight. The formulas are ours.
     """
 
-    def regularized(g, p):
-        return jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + l2 * p, g, p)
+    def regularize(grads, params):
+        return jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + l2 * p, grads, params)
 
-    def rate(t):
-        return (
-            -learning_rate * jnp.exp(-exponential * t) * jnp.maximum(1 - linear * t, 0)
-        )
+    def rate(step):
+        linear = jnp.maximum(1 - linear_decay * step, 0.0)
+        return learning_rate * jnp.exp(-exponential_decay * step) * linear
 
-    adam = optax.scale_by_adam(**more, eps_root=1e-16)
     return optax.chain(
-        optax.stateless(regularized), adam, optax.scale_by_schedule(rate)
+        optax.stateless(regularize),
+        optax.scale_by_adam(**adam),
+        optax.scale_by_learning_rate(rate),
     )
 
 
 ADAM8 = dict(learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8)
-ADAM8 |= dict(exponential=1e-4, linear=1e-4, l1=1e-6, l2=1e-6)
+ADAM8 |= dict(exponential_decay=1e-4, linear_decay=1e-4, l1=1e-6, l2=1e-6)
 LEARNED = {
     "mlp": mlp(),
     "mlp_no_momentum": mlp(momentum=False),
@@ -238,7 +239,7 @@ LEARNED = {
     "adam": hand_designed(
         partial(optax.adam, eps_root=1e-8), learning_rate=1e-3, b1=0.9, b2=0.999
     ),
-    "adam8": hand_designed(adam8, **ADAM8),
+    "adam8": hand_designed(partial(adam8, eps_root=1e-8), **ADAM8),
 }
 
 

@@ -20,41 +20,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import eval as evaluation
 from baselines import BASELINES, LEARNING_RATES, as_theta, curves, from_optax
+from companions.lopts import adam8
 from experiments.catalogue import SUITES, TASKS
 from store import Arguments, UserError, fcntl, run_command, write_atomically
 
 SEARCH_SEED = 30_000  # apart from the seeds of training and of evaluation
 CRITERION = "mean of the last tenth of the training losses"
-
-
-def adam8(
-    learning_rate, exponential_decay=0.0, linear_decay=0.0, l1=0.0, l2=0.0, **adam
-) -> optax.GradientTransformation:
-    """Adam with the eight hyperparameters of Metz et al. 2019, section 4.4.
-
-        lr_s = lr exp(-exponential_decay s) max(1 - linear_decay s, 0),  s = 0, 1, ...
-        of the loss + l1 |p|_1 + l2 |p|_2^2 / 2
-    adam: b1, b2, eps. The paper names the eight. The formulas are ours.
-    """
-
-    def regularize(grads, params):
-        return jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + l2 * p, grads, params)
-
-    def rate(step):
-        linear = jnp.maximum(1 - linear_decay * step, 0.0)
-        return learning_rate * jnp.exp(-exponential_decay * step) * linear
-
-    return optax.chain(
-        optax.stateless(regularize),
-        optax.scale_by_adam(**adam),
-        optax.scale_by_learning_rate(rate),
-    )
 
 
 MORE = {"sgd": optax.sgd, "rmsprop": optax.rmsprop, "adam8": adam8}

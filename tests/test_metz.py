@@ -425,29 +425,6 @@ def test_family_of_tasks_draws_its_classes(use_stand_in):
     np.testing.assert_array_equal(after.member, jax.random.key_data(jax.random.key(1)))
 
 
-def test_adam8_is_adam_with_a_schedule_and_a_penalty():
-    """Two steps by hand: the gradient of the penalised loss, and a rate that falls."""
-    p = jnp.array([1.0, -2.0, 0.5])
-    h = lopts.ADAM8 | dict(l1=0.1, l2=0.3, exponential=0.5, linear=0.25)
-    both = (
-        lopts.LEARNED["adam8"],
-        lopts.hand_designed(
-            optax.adam,
-            **{name: h[name] for name in ("learning_rate", "b1", "b2", "eps")},
-        ),
-    )
-    penalty = lambda p: 0.1 * jnp.abs(p).sum() + 0.15 * (p * p).sum()  # noqa: E731
-    ours, theirs = both[0].init(p), both[1].init(p)
-    for t in range(3):
-        g = jnp.cos(p + t)
-        update, ours = both[0].update(lopts.encode(h), g, ours, p)
-        g = g + jax.grad(penalty)(p)
-        adam, theirs = both[1].update(both[1].init_theta(KEY), g, theirs, p)
-        expected = adam * np.exp(-0.5 * t) * (1 - 0.25 * t)
-        np.testing.assert_allclose(update, expected, rtol=1e-5)
-        p = p + update
-
-
 METZ = "--task quadratic --steps 12 --horizon 20 --truncation 5 --particles 4"
 BAD_INPUT = {
     "--unroll 7": "--unroll must be whole windows",
