@@ -56,15 +56,16 @@ def flag(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
+K50 = dict(truncation=50, meta_lr=3e-3, meta_b2=0.999)
 PRESETS = {
     "default": {},
+    "k50": K50,  # of the thetas in weights/fig3_fmnist
     # Appendix B of the paper; it does not start here (docs/recipes.md).
     "paper": dict(optimizer="star", estimator="pes", sigma=0.01, meta_lr=1e-4)
     | dict(weight_decay=0.5, start_horizon=1.0, schedule="constant", steps=2000)
-    | dict(truncation=50),
+    | dict(truncation=50, meta_b2=0.999),
     # Better than the default on `fmnist_small`, and no better on `fmnist`.
-    "small": dict(horizons="log-uniform", clip_by="norm", sigma=0.01)
-    | dict(truncation=50, meta_lr=3e-3),
+    "small": dict(horizons="log-uniform", clip_by="norm", sigma=0.01) | K50,
 }
 HORIZONS = ["doubling", "log-uniform"]  # in the first half, or for each trajectory
 
@@ -107,6 +108,7 @@ class Recipe:
     beta2: float | None = None  # how strongly m_g scales the step, likewise
     nominal_eps: float | None = None  # floor under the nominal step's v^2, likewise
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
+    meta_b2: float = 0.99  # AdamW's. 0.999 remembers the loud first gradients for long
 
 
 class Parts(NamedTuple):
@@ -155,9 +157,8 @@ def meta_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     rate = recipe.meta_lr
     if recipe.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, recipe.steps)
-    return optax.chain(
-        clip(recipe.clip), optax.adamw(rate, weight_decay=recipe.weight_decay)
-    )
+    adamw = optax.adamw(rate, b2=recipe.meta_b2, weight_decay=recipe.weight_decay)
+    return optax.chain(clip(recipe.clip), adamw)
 
 
 def shortest_windows(recipe: Recipe) -> int:

@@ -14,7 +14,7 @@ import star_fast
 import store
 import train
 from baselines import curves
-from companions import gru, lopts
+from companions import gru, lopts, metz
 from experiments import catalogue
 from experiments.train import Recipe
 from tasks import convnet
@@ -32,6 +32,7 @@ PROGRAMS = {
     "train.py": (train.Recipe, train.TASKS),
     "-m experiments.train": (Recipe, catalogue.TASKS),
     "-m companions.gru": (gru.Recipe, catalogue.TASKS),
+    "-m companions.metz": (metz.Recipe, catalogue.TASKS),
 }
 GROUPS = {}  # what trains in one program
 for name, card in CARDS.items():
@@ -39,8 +40,8 @@ for name, card in CARDS.items():
 
 
 def load(name):
-    """(theta, optimizer) of a STAR or a GRU. Raises for what is not whole and finite."""
-    if name.startswith("gru"):
+    """(theta, optimizer) of a STAR or another. Raises for what is not whole and finite."""
+    if name.startswith(("gru", "metz")):
         return lopts.load_theta(SHIPPED[name])
     theta, constants = star.load_theta(SHIPPED[name])
     return theta, star_fast.learned_optimizer(constants)
