@@ -8,6 +8,7 @@ rates is a batch of thetas in one program.
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,9 +205,13 @@ def on_fresh_seeds(build, data, optimizer, thetas: dict, steps: int) -> dict:
 
     def of_adam(rates):
         thetas = [as_theta({"learning_rate": rate}) for rate in rates]
-        return losses(BASELINES["adam"], thetas).mean(1)
+        with jax.default_device(jax.local_devices()[-1]):  # beside the thetas' runs
+            return losses(BASELINES["adam"], thetas).mean(1)
 
-    ours, (rate, adam) = losses(optimizer, list(thetas.values())), best_rate(of_adam)
+    with ThreadPoolExecutor() as pool:
+        rival = pool.submit(best_rate, of_adam)
+        ours = losses(optimizer, list(thetas.values()))
+        rate, adam = rival.result()
     card = {f"{name}_loss": x for name, x in zip(thetas, ours.mean(1), strict=True)}
     card |= {"fresh_loss_std": ours[0].std(ddof=1), "adam_loss": adam}
     card = {name: round(float(x), 4) for name, x in card.items()}
