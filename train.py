@@ -105,8 +105,10 @@ class Recipe:
     coordinator: str | None = flag(None, "HOST:PORT of process 0, if no cluster tells")
     num_processes: int | None = flag(None, "of the run, if no cluster tells")
     process_id: int | None = flag(None, "of this process; only 0 prints and writes")
-    beta2: float | None = None  # how strongly m_g scales the step, likewise
-    nominal_eps: float | None = None  # floor under the nominal step's v^2, likewise
+    nominal: str | None = None  # term, None: the optimizer's, likewise
+    beta1: float | None = None  # size of its step
+    beta2: float | None = None  # how strongly m_g scales it
+    nominal_eps: float | None = None  # the floor under its v^2
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
     meta_b2: float = 0.99  # AdamW's. 0.999 remembers the loud first gradients for long
 
@@ -124,7 +126,7 @@ class Parts(NamedTuple):
 
 def parts(recipe: Recipe, build: Callable) -> Parts:
     """build: (data, key) -> Task."""
-    own = {name: getattr(recipe, name) for name in ("beta2", "beta3", "nominal_eps")}
+    own = {name: getattr(recipe, name, None) for name in star.Constants._fields}
     own = {name: value for name, value in own.items() if value is not None}
     constants = star.CONSTANTS[recipe.optimizer]._replace(**own)
     optimizer = star_fast.learned_optimizer(constants)

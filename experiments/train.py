@@ -1,6 +1,6 @@
 """Meta-train on any task of the catalogue: python -m experiments.train --task lstm_small
 
-All flags are those of train.py.
+The flags are those of train.py, and two for the nominal term.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
+import star
 import train
 from experiments.catalogue import TASKS
 from store import run_command
@@ -16,6 +17,8 @@ from store import run_command
 @dataclasses.dataclass(frozen=True)
 class Recipe(train.Recipe):
     program: ClassVar[str] = "-m experiments.train"
+    nominal: str | None = train.flag(None, "nominal term", choices=[*star.NOMINAL])
+    beta1: float | None = train.flag(None, "size of its step; None: the optimizer's")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

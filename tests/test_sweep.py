@@ -8,6 +8,7 @@ import star
 import store
 import train
 from experiments import sweep
+from experiments.catalogue import TASKS
 
 QUICK = (
     "--task quadratic --steps 12 --horizon 20 --truncation 5 --particles 2 "
@@ -114,3 +115,14 @@ def test_shipped_runs_are_as_they_were(swept, tmp_path):
         losses = np.array(store.read_csv(swept / name / "log.csv", 12))[:, 1]
         ((step, mean),) = store.read_csv(tmp_path / name / "log.csv", 12)
         assert step == 10 and mean == pytest.approx(losses[:10].mean(), rel=1e-4)
+
+
+def test_nominal_terms_are_run_by_name_alone():
+    """Each with a beta1 of its own, in what is trained and on the card."""
+    assert not {*sweep.parse([])[0].only} & sweep.TERMS.keys()
+    for name, flags in sweep.TERMS.items():
+        recipe = train.parse(["--task", "quadratic", *flags], sweep.Recipe, TASKS)
+        constants = train.parts(recipe, TASKS["quadratic"].build).constants
+        assert f"nominal_{constants['nominal']}" == name
+        assert constants["beta1"] == sweep.BETA1[constants["nominal"]]
+        assert f"--nominal={constants['nominal']}" in store.command_line(recipe)
