@@ -114,6 +114,16 @@ Metz, fig. 8 | Without momentum features training fails
 Metz, fig. 8 | Without time features it is nearly as good
     | holds | no_time
 
+results.md#the-convolutional-problem-where-backpropagation-explodes-figures-5-6-and-8
+Metz, 4.5 | Where gradients explode the merge trains better than they alone
+    | holds | conv_gradients | conv_noise
+Metz, 4.5 | Where gradients explode the merge trains better than ES alone
+    | does not hold here: ES alone ends lower on 8 of 8 networks | conv_es
+Metz, fig. 6 | Trained for the validation loss it ends with a lower test loss
+    | holds here but it then hardly trains | conv_valid
+Metz, fig. 6 | It beats Adam with eight tuned hyperparameters
+    | holds here but only in training loss, and Adam's best rate beats both | conv_adam8
+
 results.md#not-tried
 Metz, figs. 5 to 7 | The MLP optimizer beats tuned ones at scale
     | not tried
@@ -445,6 +455,22 @@ def ablation(*names: str) -> Callable:
     return numbers
 
 
+def conv_classes(key: str, what: str, *names: str) -> Callable:
+    """Means over fresh members of the family, each of one meta-seed."""
+
+    def numbers(read):
+        found = figure(read, "metz6_conv_classes_small")
+        x = dict(zip(found["optimizers"], found[key], strict=True))
+        yield f"`conv_classes_small`, {what}", {k: statistics.mean(x[k]) for k in names}
+
+    return numbers
+
+
+def conv_noise(read: Callable) -> Numbers:
+    found = figure(read, "metz6_conv_classes_small")["median_gradient_noise"]
+    yield "median noise of the meta-gradient", found
+
+
 def momentum(read: Callable) -> Numbers:
     found = figure(read, "gru7c")
     decay, _, rate, _ = found["first_modes"][-1][0]
@@ -479,6 +505,17 @@ NUMBERS = {
     "at_the_bound": at_the_bound,
     "blackbox_far": every(
         far("3_fmnist", "blackbox"), far("3_fmnist_small", "blackbox")
+    ),
+    "conv_adam8": conv_classes(
+        *("last_loss", "training loss, last 100 of 1,000", "merged", "Adam's eight")
+    ),
+    "conv_es": conv_classes("mean_loss", "mean training loss", "merged", "ES only"),
+    "conv_gradients": conv_classes(
+        *("mean_loss", "mean training loss", "merged", "gradients only")
+    ),
+    "conv_noise": conv_noise,
+    "conv_valid": conv_classes(
+        *("test_loss", "test loss", "merged", "merged, validation loss")
     ),
     "decays": losses(*DECAYS),
     "decays_end": decays_end,

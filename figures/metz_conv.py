@@ -21,11 +21,11 @@ from companions.metz import TASKS
 
 RUNS = {  # folder -> what the legend says, and its colour
     "merged": ("merged", "C0"),
-    "gradients": ("gradients only", "C1"),
+    "gradients": ("gradients only", "C3"),
     "es": ("ES only", "C2"),
-    "valid": ("merged, validation loss", "C3"),
+    "valid": ("merged, validation loss", "C9"),
     "adam8": ("Adam's eight", "C4"),
-    "adam8_valid": ("Adam's eight, validation loss", "C5"),
+    "adam8_valid": ("Adam's eight, validation loss", "C6"),
     "begun": ("where the first four began", "C7"),
 }
 GRADIENTS = "merged", "gradients", "es"
@@ -56,14 +56,14 @@ def compute(args: Any) -> tuple[dict, str, dict]:
     for name, (label, _) in RUNS.items():
         theta, optimizer = lopts.load_theta(root / name / "theta.npz")
         runs[label] = run(optimizer, [theta])
-        print(f"{label}: {numbers(runs[label])}", flush=True)
+        print(f"{label}: mean loss {mean_loss(runs[label]):.4f}", flush=True)
         log = np.array(store.read_csv(root / name / "log.csv", np.inf))
         meta[name], noise[name] = log[:, 1], log[:, 3]
     for name, measure in (("training", mean_loss), ("test", test_loss)):
         rate, _ = best_rate(partial(of_adam, run, measure))
         label = f"Adam {rate:g}, best {name} loss"
         runs[label] = adam(run, rate)
-        print(f"{label}: {numbers(runs[label])}", flush=True)
+        print(f"{label}: mean loss {mean_loss(runs[label]):.4f}", flush=True)
 
     found = [numbers(x) for x in runs.values()]
     result = {"task": task, "steps": steps, "seeds": seeds, "optimizers": [*runs]}
@@ -96,7 +96,7 @@ def numbers(run: Curves) -> dict:
     last = run.losses[0, :, -100:].mean(-1)
     found = {"mean_loss": run.losses[0].mean(-1), "last_loss": last}
     found |= {name: x[0] for name, x in run.test.items()}
-    return {name: x.round(4).tolist() for name, x in found.items()}
+    return {name: x.astype(float).round(4).tolist() for name, x in found.items()}
 
 
 def plot(figure: Figure, result: dict) -> None:

@@ -21,7 +21,9 @@ import train
 from baselines import BASELINES
 from companions import lopts, metz
 from experiments.catalogue import TASKS
+from figures import __main__ as figures
 from figures import metz_chaos as chaos
+from figures import metz_conv
 from figures import metz_truncation as truncation
 
 KEY = jax.random.key(0)
@@ -409,7 +411,11 @@ def test_family_of_tasks_draws_its_classes(use_stand_in):
     parameters. Labels name the drawn class, and a run keeps its member to the end."""
     data, _ = metz.TASKS["conv_classes_small"].load()
     build = partial(metz.TASKS["conv_classes_small"].build, data)
-    (x, y), (other, _) = (build(jax.random.key(i)).batch(KEY, "train") for i in (0, 1))
+    keys = jax.random.split(KEY, 4)
+    drawn = [[build(jax.random.key(i)).batch(k, "train") for k in keys] for i in (0, 1)]
+    (x, y), (other, _) = (
+        [np.concatenate(z) for z in zip(*d, strict=True)] for d in drawn
+    )
     class_of = {
         p.tobytes(): c for c in range(100) for p in np.asarray(data["train"][c])
     }
@@ -478,3 +484,22 @@ def test_learned_momentum_gets_better_and_trajectories_end():
             losses.append(float(metrics["loss"]))
             assert (state.particles.window >= 4).all()
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:10])
+
+
+@pytest.mark.heavy
+def test_metz6_compares_what_its_folder_holds(tmp_path, capsys):
+    """Every run and two rates of Adam, on two members of the family. What is missing is
+    named in one line."""
+    line = f"metz6 --quick --data stand-in --out {tmp_path}"
+    with jax.enable_x64(False):
+        assert store.run_command("figures", figures.main, line.split()) == 0
+    found = json.loads((tmp_path / "metz6.json").read_text())
+    names = [label for label, _ in metz_conv.RUNS.values()]
+    assert found["optimizers"][:7] == names and len(found["optimizers"]) == 9
+    assert np.shape(found["mean_loss"]) == np.shape(found["test_loss"]) == (9, 2)
+    noise = found["median_gradient_noise"]
+    assert noise["gradients"] > 1e3 * noise["es"]
+    capsys.readouterr()
+    line = f"metz6 --runs {tmp_path} --out {tmp_path}"
+    assert store.run_command("figures", figures.main, line.split()) == 2
+    assert "has no merged, gradients" in capsys.readouterr().err

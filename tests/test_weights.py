@@ -28,6 +28,7 @@ STUCK = [
     f"{name}-seed0/theta.npz"
     for name in f"{STUCK} fig3_fmnist/no_nominal fig3_small/no_nominal".split()
 ]
+EXPLODED = "metz_conv/gradients/theta.npz"  # as it is there to show
 PROGRAMS = {
     "train.py": (train.Recipe, train.TASKS),
     "-m experiments.train": (Recipe, catalogue.TASKS),
@@ -93,4 +94,5 @@ def test_shipped_theta_beats_the_untrained_one(task, optimizer):
     losses = curves(spec.build, data, optimizer, thetas, keys, 200).losses.mean((1, 2))
     for name, loss in zip(names, losses[1:], strict=True):
         stuck = name in STUCK and loss == pytest.approx(np.log(10), rel=0.01)
-        assert stuck or loss < np.nan_to_num(losses[0], nan=1e6), name
+        left_out = stuck or name == EXPLODED
+        assert left_out or loss < np.nan_to_num(losses[0], nan=1e6), name
