@@ -141,6 +141,12 @@ GROWTHS = {  # (windows at the end, share of the meta-steps done) -> windows, fr
     "log": lambda most, share: most**share,
     "constant": lambda most, share: most + 0 * share,
 }
+PRESETS = {
+    "default": {},
+    # Unrolls in which backpropagation explodes.
+    "long": dict(task="conv_classes_small", horizon=1000, unroll=500, growth="constant")
+    | dict(particles=4, truncation=20, steps=40),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Recipe(train.Recipe):
     has --meta-lr 0.0003."""
 
     program: ClassVar[str] = "-m companions.metz"
-    presets: ClassVar[dict] = {"default": {}}
+    presets: ClassVar[dict] = PRESETS
     task: str = train.flag("fmnist_small", "inner problem")
     optimizer: str = train.flag("mlp", "to meta-train", choices=tuple(lopts.LEARNED))
     estimator: str = train.flag("merged", "gradients in use", choices=tuple(MERGES))
