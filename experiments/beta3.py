@@ -44,7 +44,7 @@ TRAINED = {  # what `experiments.search` found, and settings that its rows must 
     "mnist_small": "beta3_mnist_small.json",
 }
 SETTINGS = {"horizons": "log-uniform", "clip_by": "norm", "steps": 500, "sigma": 0.01}
-SETTINGS |= {"meta_lr": 0.003, "truncation": 50}
+SETTINGS |= {"meta_lr": 0.003, "truncation": 50, "meta_b2": 0.999}
 NOMINAL_STEPS, THETAS, SIGMA = 100, 10, 0.01
 BAND = 0.2, 10  # logits
 
