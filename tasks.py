@@ -202,10 +202,16 @@ def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Sp
     }
 
 
+def pool(images: np.ndarray, size: int) -> np.ndarray:
+    """(examples, h, w, C) uint8 -> (examples, h / size, w / size, C), means of squares."""
+    n, h, w, c = images.shape
+    squares = images.reshape(n, h // size, size, w // size, size, c)
+    return np.round(squares.mean((2, 4))).astype(np.uint8)
+
+
 def pool_to_8x8(images: np.ndarray) -> np.ndarray:
     """(examples, 28, 28, 1) uint8 -> (examples, 8, 8, 1): margin 2, means of 4 x 4."""
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    return np.round(padded.reshape(-1, 8, 4, 8, 4, 1).mean((2, 4))).astype(np.uint8)
+    return pool(np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), 4)
 
 
 def to_batch(split: Split) -> tuple[jax.Array, jax.Array]:

@@ -391,7 +391,9 @@ def check(recipe: Recipe) -> None:
     ranges = dict.fromkeys(counts, (1, 2**31 - 1))
     ranges |= dict.fromkeys(("meta_lr", "clip", "sigma"), (1e-38, 1e38))
     ranges |= dict(weight_decay=(0, 1e38), start_horizon=(1e-6, 1))
-    ranges |= dict(beta3=(-1e38, 1e38), seed=(0, 2**32 - 1))
+    ranges |= dict.fromkeys(("beta1", "beta3"), (-1e38, 1e38)) | {
+        "seed": (0, 2**32 - 1)
+    }
     for name, (low, high) in ranges.items():
         value = getattr(recipe, name)
         if value is not None and not low <= value <= high:

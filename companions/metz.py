@@ -103,16 +103,12 @@ def ten_classes(batch_size: int, images: dict, key: jax.Array) -> tasks.Task:
     return tasks.classifier(draw, test, convnet(pictures.shape[2:], 10))
 
 
-def family(pool: int, most: int, batch_size: int) -> tasks.TaskSpec:
-    """pool: pixels of a side that become one. most: examples of a class in a split."""
+def family(size: int, most: int, batch_size: int) -> tasks.TaskSpec:
+    """size: pixels of a side that become one. most: examples of a class in a split."""
 
     def load(source="auto", data_dir=None):
         images, data = datasets.cifar100(source, data_dir), {}
-
-        def pooled(x):
-            x = x.reshape(len(x), 32 // pool, pool, 32 // pool, pool, 3)
-            return np.round(x.mean((2, 4))).astype(np.uint8)
-
+        pooled = partial(tasks.pool, size=size)
         for name, split in tasks.split_images(images, pooled).items():
             rows = [np.flatnonzero(np.asarray(split.labels) == c) for c in range(100)]
             least = min(most, *map(len, rows))
@@ -124,7 +120,7 @@ def family(pool: int, most: int, batch_size: int) -> tasks.TaskSpec:
 
 TASKS = {
     "conv_classes": family(1, 500, 128),
-    "conv_classes_small": family(4, 100, 32),  # 1,000 steps see each example 32 times
+    "conv_classes_small": family(4, 100, 32),
 }
 OBJECTIVES = {
     "train": tasks.inner_step,

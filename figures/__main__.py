@@ -101,9 +101,9 @@ def parse(argv: Any = None) -> argparse.Namespace:
     text = "figures 2b, 2c: alpha = c lambda_max(H) / 2, as the paper prints it"
     add("--literal-alpha", action="store_true", help=text)
     text = (
-        "folder of runs: of sweep's for figures 3, app1-4 (default weights/fig3_small),"
+        "folder of runs: for figures 3, app1-4 of sweep's (default weights/fig3_small)"
     )
-    add("--runs", help=text + " of metz's for metz6 (default weights/metz_conv)")
+    add("--runs", help=f"{text}, for metz6 of metz's (default weights/metz_conv)")
     return evaluation.parse_comparison(parser, argv, steps=None)
 
 

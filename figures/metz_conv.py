@@ -6,7 +6,7 @@ validation loss, and two learn the eight hyperparameters of Adam.
 """
 
 import pathlib
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,7 +15,16 @@ from matplotlib.figure import Figure
 
 import eval as evaluation
 import store
-from baselines import BASELINES, LEGEND, Curves, as_theta, best_rate, curves, ema
+from baselines import (
+    BASELINES,
+    LEGEND,
+    Curves,
+    as_theta,
+    best_rate,
+    color_of,
+    curves,
+    ema,
+)
 from companions import lopts
 from companions.metz import TASKS
 
@@ -45,42 +54,43 @@ def compute(args: Any) -> tuple[dict, str, dict]:
         raise store.UserError(
             f"{root} has no {', '.join(missing)}: see docs/results.md"
         )
-    cards = [store.read_card(root / name / "theta.npz") for name in RUNS]
-    task, horizon = cards[0]["task"], cards[0]["recipe"]["horizon"]
+    card = store.read_card(root / "merged/theta.npz")
+    task, horizon = card["task"], card["recipe"]["horizon"]
     data, about = TASKS[task].load(args.data, args.data_dir)
     steps, seeds = (20, 2) if args.quick else (args.steps or horizon, 8)
     keys = jax.random.split(jax.random.key(evaluation.EVALUATION_SEED), seeds)
     run = partial(curves, TASKS[task].build, data, keys=keys, steps=steps)
 
-    runs, noise, meta = {}, {}, {}
+    @cache  # both searches try the same rates
+    def adam(rate):
+        return run(BASELINES["adam"], [as_theta({"learning_rate": rate})])
+
+    def best(measure):
+        return best_rate(lambda rates: [measure(adam(rate)) for rate in rates])[0]
+
+    runs = {}
     for name, (label, _) in RUNS.items():
         theta, optimizer = lopts.load_theta(root / name / "theta.npz")
         runs[label] = run(optimizer, [theta])
         print(f"{label}: mean loss {mean_loss(runs[label]):.4f}", flush=True)
-        log = np.array(store.read_csv(root / name / "log.csv", np.inf))
-        meta[name], noise[name] = log[:, 1], log[:, 3]
     for name, measure in (("training", mean_loss), ("test", test_loss)):
-        rate, _ = best_rate(partial(of_adam, run, measure))
+        rate = best(measure)
         label = f"Adam {rate:g}, best {name} loss"
-        runs[label] = adam(run, rate)
+        runs[label] = adam(rate)
         print(f"{label}: mean loss {mean_loss(runs[label]):.4f}", flush=True)
 
     found = [numbers(x) for x in runs.values()]
     result = {"task": task, "steps": steps, "seeds": seeds, "optimizers": [*runs]}
     result |= {name: [x[name] for x in found] for name in found[0]}
+    logs = {
+        x: np.array(store.read_csv(root / x / "log.csv", np.inf)) for x in GRADIENTS
+    }
+    meta, noise = ({x: log[:, i] for x, log in logs.items()} for i in (1, 3))
     result["median_gradient_noise"] = {x: np.median(noise[x]) for x in GRADIENTS}
     result["largest_gradient_noise"] = {x: max(noise[x]) for x in GRADIENTS}
     result["curves"] = {"meta": meta, "noise": noise}
     title = f"Metz et al. 2019, figures 5 and 6, small: {about['dataset']}"
     return result, title, about
-
-
-def adam(run: Any, rate: float) -> Curves:
-    return run(BASELINES["adam"], [as_theta({"learning_rate": rate})])
-
-
-def of_adam(run: Any, measure: Any, rates: list) -> list[float]:
-    return [measure(adam(run, rate)) for rate in rates]
 
 
 def mean_loss(run: Curves) -> float:
@@ -109,7 +119,7 @@ def plot(figure: Figure, result: dict) -> None:
         noise.plot(result["curves"]["noise"][name], color)
     loss.set(xlabel="meta-steps", ylabel="meta-loss (nats, EMA 0.8)")
     noise.set(xlabel="meta-steps", yscale="log", ylabel="noise of the meta-gradient")
-    colors = *(color for _, color in RUNS.values()), "#ff7f0e", "#b35806"
+    colors = *(color for _, color in RUNS.values()), color_of("Adam"), "#b35806"
     ends_of = result["last_loss"], result["test_loss"]
     for label, color, *at in zip(result["optimizers"], colors, *ends_of, strict=True):
         ends.plot(*np.mean(at, -1), "o", color=color, label=label)

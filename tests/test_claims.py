@@ -59,7 +59,7 @@ def test_every_file_is_there_and_small():
     assert len(links) > 100 and all((ROOT / "docs" / x).exists() for x in links)
     for path in ROOT.glob("experiments/results/*.json"):
         name = path.relative_to(ROOT).as_posix()
-        assert path.stat().st_size < 20 * 1024
+        assert path.stat().st_size < 16 * 1024
         assert claims.COMMANDS.get(name) or json.loads(path.read_text())["command"]
 
 
