@@ -23,10 +23,10 @@ WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
 SHIPPED = {str(path.relative_to(WEIGHTS)): path for path in WEIGHTS.rglob("*.npz")}
 CARDS = {name: store.read_card(path) for name, path in sorted(SHIPPED.items())}
 # Meta-training found a rule that stands still, at ln 10, a guess's loss (results.md).
-STUCK = "fig3_small/blackbox fig3_fmnist/blackbox fig3_cifar10_conv_small/blackbox"
 STUCK = [
-    f"{name}-seed0/theta.npz"
-    for name in f"{STUCK} fig3_fmnist/no_nominal fig3_small/no_nominal".split()
+    f"{folder}/{variant}-seed0/theta.npz"
+    for folder in ("fig3_fmnist", "fig3_small")
+    for variant in ("blackbox", "no_nominal")
 ]
 STUCK += ["metz_conv/valid/theta.npz"]  # on three of eight real tasks, too
 EXPLODED = "metz_conv/gradients/theta.npz"  # as it is there to show
