@@ -44,7 +44,7 @@ TRAINED = {  # what `experiments.search` found, and settings that its rows must 
     "mnist_small": "beta3_mnist_small.json",
 }
 SETTINGS = {"horizons": "log-uniform", "clip_by": "norm", "steps": 500, "sigma": 0.01}
-SETTINGS |= {"meta_lr": 0.003, "truncation": 50, "meta_b2": 0.999}
+SETTINGS |= {"meta_lr": 0.003}
 NOMINAL_STEPS, THETAS, SIGMA = 100, 10, 0.01
 BAND = 0.2, 10  # logits
 
@@ -111,10 +111,9 @@ def measure(name: str, data) -> dict:
 
 def trained(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(beta3 (n,), mean losses over T (n, seeds)) of the search's rows with SETTINGS."""
-    rows = json.loads((RESULTS / TRAINED[name]).read_text())["rows"]
-    usual = {"estimator": "noise_reuse", "task": name}
-    found = {}
-    for row in rows:
+    saved, found = json.loads((RESULTS / TRAINED[name]).read_text()), {}
+    usual = {"estimator": "noise_reuse", "task": name} | saved["base"]
+    for row in saved["rows"]:
         candidate = usual | row["candidate"]
         beta3 = candidate.pop("beta3")
         if candidate == usual | SETTINGS:

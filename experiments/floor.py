@@ -1,8 +1,10 @@
 """The floor under v of the nominal step: python -m experiments.floor
 
 v = sqrt(mean squared gradient + eps), and the nominal step is Adam's only where gradients
-are above the floor. Below, it is momentum of rate beta1 / sqrt(eps) = 1. This trains fresh
-networks with the nominal term alone, nothing learned, for several eps, beside tuned Adam.
+are above the floor. Below, it is momentum of rate beta1 / sqrt(eps), the paper's rate 1.
+This trains fresh networks with the nominal term alone, nothing learned, for several eps,
+beside tuned Adam.
+`--beta1` is the size of the nominal step, the paper's by default.
 """
 
 import json
@@ -28,7 +30,8 @@ def of_task(name: str, args) -> dict:
     data, about = TASKS[name].load(args.data, args.data_dir)
     key, build = jax.random.key(evaluation.EVALUATION_SEED), TASKS[name].build
     keys = jax.random.split(key, args.seeds)
-    theta = star.init_theta(jax.random.key(0), star.PAPER) | {"beta3": np.float32(0)}
+    fixed = {"beta1": np.float32(args.beta1), "beta3": np.float32(0)}
+    theta = star.init_theta(jax.random.key(0), star.PAPER) | fixed
     thetas = [theta | {"nominal_eps": np.float32(eps)} for eps in EPS]
     losses = curves(build, data, varied("star"), thetas, keys, args.steps).losses
     _, adam, rate = evaluation.baseline("adam", name, args.steps, build, data, about)
@@ -43,6 +46,7 @@ def of_task(name: str, args) -> dict:
 def parse(argv=None):
     parser = store.Arguments("experiments.floor", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=DEFAULT, help="default %(default)s")
+    parser.add_argument("--beta1", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--steps", type=int, default=2000, help="default 2000")
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
     parser.add_data()

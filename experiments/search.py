@@ -136,9 +136,10 @@ def parse(argv=None):
 
 
 def read_candidates(text: str) -> list[dict]:
-    """Of a file with one a line, or of a results.json."""
+    """Of a file with one a line, or of a results.json, whose "base" all of them share."""
     if '"rows"' in text:
-        return [row["candidate"] for row in json.loads(text)["rows"]]
+        found = json.loads(text)
+        return [found.get("base", {}) | row["candidate"] for row in found["rows"]]
     return [*map(json.loads, text.splitlines())]
 
 
