@@ -109,6 +109,7 @@ class Recipe:
     beta1: float | None = None  # size of its step
     beta2: float | None = None  # how strongly m_g scales it
     nominal_eps: float | None = None  # the floor under its v^2
+    rms_eps: float | None = None  # and under v^2 in the rest of the update
     schedule: str = "cosine"  # of the meta-learning rate, or "constant"
     meta_b2: float = 0.99  # AdamW's. 0.999 remembers the loud first gradients for long
 
@@ -389,7 +390,8 @@ def check(recipe: Recipe) -> None:
     """UserError for a setting that cannot work."""
     counts = "steps particles horizon truncation checkpoint_every devices".split()
     ranges = dict.fromkeys(counts, (1, 2**31 - 1))
-    ranges |= dict.fromkeys(("meta_lr", "clip", "sigma"), (1e-38, 1e38))
+    above_0 = "meta_lr clip sigma nominal_eps rms_eps".split()
+    ranges |= dict.fromkeys(above_0, (1e-38, 1e38))
     ranges |= dict(weight_decay=(0, 1e38), start_horizon=(1e-6, 1))
     ranges |= dict.fromkeys(("beta1", "beta3"), (-1e38, 1e38)) | {
         "seed": (0, 2**32 - 1)

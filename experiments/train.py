@@ -1,6 +1,6 @@
 """Meta-train on any task of the catalogue: python -m experiments.train --task lstm_small
 
-The flags are those of train.py, and two for the nominal term.
+The flags are those of train.py, and more of STAR's constants.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ class Recipe(train.Recipe):
     program: ClassVar[str] = "-m experiments.train"
     nominal: str | None = train.flag(None, "nominal term", choices=[*star.NOMINAL])
     beta1: float | None = train.flag(None, "size of its step; None: the optimizer's")
+    nominal_eps: float | None = train.flag(None, "floor of its v^2")
+    rms_eps: float | None = train.flag(None, "floor of v^2 in the rest of the update")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

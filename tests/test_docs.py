@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 import eval as evaluation
+import experiments.train
 import nqm
 import train
 from companions import gru, metz
@@ -40,7 +41,7 @@ PARSERS = {
     "eval.py": evaluation.parse,
     "nqm.py": nqm.main,
     "figures": figures.parse,
-    "experiments.train": any_task,
+    "experiments.train": partial(any_task, kind=experiments.train.Recipe),
     "experiments.suite": suite.parse,
     "experiments.search": search.parse,
     "experiments.sweep": lambda argv: any_task(sweep.parse(argv)[1]),

@@ -126,3 +126,10 @@ def test_nominal_terms_are_run_by_name_alone():
         assert f"nominal_{constants['nominal']}" == name
         assert constants["beta1"] == sweep.BETA1[constants["nominal"]]
         assert f"--nominal={constants['nominal']}" in store.command_line(recipe)
+
+
+def test_the_two_floors_are_flags():
+    argv = "--task quadratic --nominal-eps 1e-8 --rms-eps 1e-10".split()
+    recipe = train.parse(argv, sweep.Recipe, TASKS)
+    found = train.parts(recipe, TASKS["quadratic"].build).constants
+    assert (found["nominal_eps"], found["rms_eps"]) == (1e-8, 1e-10)
