@@ -26,7 +26,7 @@ from figures.star_runs import DECAYS, LABELS
 CLAIMS = """
 errata.md
 STAR, 4.1 to 4.3 | P within the bounds makes training stable
-    | does not hold here for every P as printed, but for symmetric P | pytest test_nqm.py
+    | does not hold here for P that is not symmetric | pytest test_nqm.py
 
 results.md#stars-noisy-quadratic-model
 STAR, fig. 1 | Nominal term, decay and preconditioner together do so
@@ -48,11 +48,12 @@ STAR, B.2 | STAR meta-trains with all betas 1e-3
 
 results.md#figure-3-full-size
 STAR, 5.3 | STAR meta-trains faster and better than blackbox
-    | holds | than_blackbox
+    | holds here but on convolutions with one meta-seed | than_blackbox
 STAR, 5.3 | STAR meta-trains faster than hyperparam
     | holds here but only from 80,000 inner steps on | faster
 STAR, fig. 3 | STAR ends better than hyperparam
-    | holds here but only within the horizon | than_hyperparam | hyperparam_far
+    | holds here but not beyond the horizon, save on two of three seeds on fmnist
+    | than_hyperparam | hyperparam_far
 STAR, 5.3 | STAR stays stable far beyond its horizon
     | holds here but with single bad stretches | star_far
 STAR, C.2 | Weight decay 1 over-damps
@@ -73,8 +74,9 @@ STAR, C.2 | Without a nominal term the end is comparable on Fashion-MNIST
     | holds here but a little worse, and one seed of three does not start | nominal
 
 results.md#nominal-terms
-STAR, 5.1 | Adam mixed with AggMo is the nominal term to take
-    | holds here but tried on the small network alone | nominal_terms
+STAR, 5.1 | Adam combined with AggMo serves as the nominal term
+    | holds here but tried on the small network alone, where it is the best of five
+    | nominal_terms
 
 results.md#convolutions
 STAR, fig. 3d | Blackbox diverges far beyond its horizon, on the CNN
@@ -86,9 +88,9 @@ STAR, fig. 4 | STAR generalizes to other tasks and stays stable
 STAR, 5.3 | STAR is comparable to tuned Adam
     | holds | adam | suite_far
 STAR, 5.3 | STAR beats blackbox nearly everywhere
-    | holds here but on 11 tasks of 16 | suite_blackbox
+    | holds | suite_blackbox
 STAR, C.3 | Blackbox is unstable on almost all tasks
-    | does not hold here, within one horizon | suite_blackbox
+    | does not hold here: on three of 16, within one horizon | suite_blackbox
 STAR, C.3 | STAR against hyperparam is mixed
     | holds | suite_hyperparam
 

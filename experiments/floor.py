@@ -40,7 +40,8 @@ def of_task(name: str, args) -> dict:
     last = {k: evaluation.final(x) for k, x in zip(names, rows, strict=True)}
     spread = {k: round(float(x.std(ddof=1)), 5) for k, x in last.items() if len(x) > 1}
     means = {k: round(float(x.mean()), 5) for k, x in last.items()}
-    return about | {"last_200": means, "std": spread, "steps": args.steps}
+    found = {"last_200": means, "std": spread, "steps": args.steps}
+    return about | {"beta1": args.beta1} | found
 
 
 def parse(argv=None):

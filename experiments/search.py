@@ -32,7 +32,7 @@ from baselines import curves
 from estimators import clip_loss
 from experiments.catalogue import TASKS
 
-CONSTANTS = ("beta2", "beta3", "nominal_eps")
+CONSTANTS = ("beta1", "beta2", "beta3", "nominal_eps", "rms_eps")
 TRACED = (*CONSTANTS, "sigma", "meta_lr", "weight_decay", "clip", "last_layer")
 CHUNK = 10  # meta-steps of one call
 

@@ -44,6 +44,8 @@ def test_a_run_among_many_is_that_of_train_py(tmp_path):
         np.testing.assert_allclose(found[name][3], x, rtol=1e-4, atol=1e-6)
     text = (tmp_path / "results.json").read_text()
     rows = json.loads(text)["rows"]
+    based = '{"base": {"a": 1, "b": 1}, "rows": [{"candidate": {"b": 2}}]}'
+    assert search.read_candidates(based) == [{"a": 1, "b": 2}]
     again = search.read_candidates(text)
     assert sorted(map(str, again)) == sorted(str(row["candidate"]) for row in rows)
     assert len(rows) == 3 and all(len(row["loss"]) == 2 for row in rows)
