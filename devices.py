@@ -110,7 +110,7 @@ def compiler_options() -> dict:
     """For `jax.jit` on a CPU: vectors as wide as AVX-512 has them, LLVM's first level.
 
     XLA's default of 256 bits costs a fifth of the inner steps per second where 512 exist.
-    Its default level, 3, compiles 1.5 times as long, and its programs are no faster.
+    Its default level, 3, compiles 1.3 times as long, and its programs are no faster.
     A level in XLA_FLAGS stays.
     """
     if jax.default_backend() != "cpu":
