@@ -41,6 +41,8 @@ def groups_of(candidates: list[dict]) -> dict:
     """{what a program fixes, as JSON: candidates that it can train at once}."""
     groups = {}
     for candidate in candidates:
+        if "nominal" in candidate:  # fresh networks would be trained with another
+            raise store.UserError("a candidate has its optimizer's nominal term")
         fixed = {k: v for k, v in candidate.items() if k not in TRACED}
         groups.setdefault(json.dumps(fixed, sort_keys=True), []).append(candidate)
     return groups

@@ -24,6 +24,11 @@ def test_candidates_share_a_program_unless_its_shape_differs():
     assert numbers["seed"].tolist() == [0, 1, 0, 1]
 
 
+def test_a_nominal_term_is_refused():
+    with pytest.raises(store.UserError, match="nominal"):
+        search.groups_of([FIXED | {"nominal": "sgd"}])
+
+
 @pytest.mark.heavy
 def test_a_run_among_many_is_that_of_train_py(tmp_path):
     """Theta after ten meta-steps, of the second candidate on seed 1, and a row for each."""
