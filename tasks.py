@@ -203,7 +203,7 @@ def split_images(images: datasets.Images, transform=lambda x: x) -> dict[str, Sp
 
 
 def pool(images: np.ndarray, size: int) -> np.ndarray:
-    """(examples, h, w, C) uint8 -> (examples, h / size, w / size, C), means of squares."""
+    """(examples, h, w, C) uint8 -> (examples, h / size, w / size, C), rounded means."""
     n, h, w, c = images.shape
     squares = images.reshape(n, h // size, size, w // size, size, c)
     return np.round(squares.mean((2, 4))).astype(np.uint8)

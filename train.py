@@ -392,10 +392,8 @@ def check(recipe: Recipe) -> None:
     ranges = dict.fromkeys(counts, (1, 2**31 - 1))
     above_0 = "meta_lr clip sigma nominal_eps rms_eps".split()
     ranges |= dict.fromkeys(above_0, (1e-38, 1e38))
-    ranges |= dict(weight_decay=(0, 1e38), start_horizon=(1e-6, 1))
-    ranges |= dict.fromkeys(("beta1", "beta3"), (-1e38, 1e38)) | {
-        "seed": (0, 2**32 - 1)
-    }
+    ranges |= dict.fromkeys(("beta1", "beta3"), (-1e38, 1e38))
+    ranges |= dict(weight_decay=(0, 1e38), start_horizon=(1e-6, 1), seed=(0, 2**32 - 1))
     for name, (low, high) in ranges.items():
         value = getattr(recipe, name)
         if value is not None and not low <= value <= high:

@@ -27,9 +27,11 @@ from matplotlib.figure import Figure
 import star
 import store
 import tasks
+import train
 from baselines import LEGEND, WIDTH, color_of
 from experiments.catalogue import TASKS
 from experiments.networks import mlp
+from experiments.search import read_candidates
 
 NETWORKS = {
     "fmnist": tasks.mlp((28, 28, 1), 10),
@@ -43,8 +45,7 @@ TRAINED = {  # what `experiments.search` found, and settings that its rows must 
     "fmnist_small": "beta3_fmnist_small.json",
     "mnist_small": "beta3_mnist_small.json",
 }
-SETTINGS = {"horizons": "log-uniform", "clip_by": "norm", "steps": 500, "sigma": 0.01}
-SETTINGS |= {"meta_lr": 0.003}
+SETTINGS = {"optimizer": "star_small_beta3", "steps": 500, **train.PRESETS["small"]}
 NOMINAL_STEPS, THETAS, SIGMA = 100, 10, 0.01
 BAND = 0.2, 10  # logits
 
@@ -111,10 +112,11 @@ def measure(name: str, data) -> dict:
 
 def trained(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(beta3 (n,), mean losses over T (n, seeds)) of the search's rows with SETTINGS."""
-    saved, found = json.loads((RESULTS / TRAINED[name]).read_text()), {}
-    usual = {"estimator": "noise_reuse", "task": name} | saved["base"]
-    for row in saved["rows"]:
-        candidate = usual | row["candidate"]
+    text = (RESULTS / TRAINED[name]).read_text()
+    usual, found = {"estimator": "noise_reuse", "task": name}, {}
+    rows = json.loads(text)["rows"]
+    for candidate, row in zip(read_candidates(text), rows, strict=True):
+        candidate = usual | candidate
         beta3 = candidate.pop("beta3")
         if candidate == usual | SETTINGS:
             found[beta3] = row["loss"]

@@ -88,11 +88,11 @@ STAR, fig. 4 | STAR generalizes to other tasks and stays stable
 STAR, 5.3 | STAR is comparable to tuned Adam
     | holds | adam | suite_far
 STAR, 5.3 | STAR beats blackbox nearly everywhere
-    | holds | suite_blackbox
+    | holds here but with one meta-seed, within one horizon | suite_blackbox
 STAR, C.3 | Blackbox is unstable on almost all tasks
     | does not hold here: on three of 16, within one horizon | suite_blackbox
 STAR, C.3 | STAR against hyperparam is mixed
-    | holds | suite_hyperparam
+    | holds here but with one meta-seed, within one horizon | suite_hyperparam
 
 results.md#exploding-gradients-figures-2-and-9
 Metz, 2.3 | Meta-gradients explode with the unroll

@@ -46,13 +46,14 @@ TERMS = {
     f"nominal_{name}": (*STAR, "0.5", "--nominal", name, "--beta1", str(beta1))
     for name, beta1 in BETA1.items()
 }
+KNOWN = VARIANTS | TERMS
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """(arguments, the flags for train.py)."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = store.Arguments(description=__doc__, formatter_class=raw)
-    add, known = parser.add_argument, ", ".join(VARIANTS | TERMS)
+    add, known = parser.add_argument, ", ".join(KNOWN)
     add("--task", default="fmnist", help="inner problem (default fmnist)")
     add("--seeds", type=int, default=1, help="meta-training seeds (default 1)")
     add("--only", help=f"variants, comma-separated, of {known}")
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     args, rest = parser.parse_known_args(argv)
     args.only = args.only.split(",") if args.only else list(VARIANTS)
     for name in args.only:
-        if name not in VARIANTS | TERMS:
+        if name not in KNOWN:
             raise store.UserError(f"unknown variant {name!r}: one of {known}")
     return args, ["--task", args.task, *rest]
 
@@ -106,14 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for i, (name, seed) in enumerate(runs):
         folder = root / f"{name}-seed{seed}"
         print(f"run {i + 1} of {len(runs)}: {folder}", flush=True)
-        command = [
-            *rest,
-            *(VARIANTS | TERMS)[name],
-            "--seed",
-            str(seed),
-            "--out",
-            str(folder),
-        ]
+        command = [*rest, *KNOWN[name], "--seed", str(seed), "--out", str(folder)]
         recipe = train.parse(command, Recipe, TASKS)
         if finished(folder):
             refuse_other_recipe(folder, recipe)
